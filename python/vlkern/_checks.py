@@ -1,0 +1,70 @@
+"""Argument checks with one voice: `name must ..., got ...`, raised before any memory is touched."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Settings:
+    """Process-wide switches that the checks read."""
+
+    validate: bool = False
+
+
+SETTINGS = Settings()
+
+
+def values_may_be_read(*tensors: torch.Tensor) -> bool:
+    """True when looking at values costs no hidden synchronisation: CPU tensors in eager mode, or `validate(True)`."""
+    if torch.compiler.is_compiling():
+        return False
+    if any(t.is_meta or isinstance(t, torch._subclasses.FakeTensor) for t in tensors):
+        return False
+    return SETTINGS.validate or all(t.device.type == "cpu" for t in tensors)
+
+
+def tensor(name: str, value: Any) -> torch.Tensor:
+    """`value`, which must be a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def floating(name: str, value: Any) -> torch.Tensor:
+    """`value`, which must be a tensor of a floating-point dtype."""
+    t = tensor(name, value)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {t.dtype}")
+    return t
+
+
+def same(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`value` must have the dtype and device of `other`."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {value.dtype}")
+    on_device(name, value, other_name, other)
+
+
+def on_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`value` must lie on the device of `other`."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def shape(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
+    """`value` must have exactly this shape."""
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must have shape {list(expected)}, got {list(value.shape)}")
+
+
+def number(name: str, value: Any, *, positive: bool = False) -> float:
+    """`value` as a finite Python float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value == value and abs(value) != float("inf")) or (positive and value <= 0):
+        raise ValueError(f"{name} must be a {'positive ' if positive else ''}finite number, got {value}")
+    return float(value)

@@ -1,0 +1,6 @@
+"""The menu: every public op, one line each."""
+
+from vlkern.kernels.rms_norm import rms_norm
+from vlkern.kernels.sigmoid_loss import sigmoid_contrastive_loss
+
+__all__ = ["rms_norm", "sigmoid_contrastive_loss"]

@@ -1,0 +1,61 @@
+"""Builds vlkern: setuptools packs the Python files, CMake (ninja) builds the three native libraries.
+
+_C       CPU kernels, PyTorch's stable ABI, loaded with torch.ops.load_library
+_C_cuda  CUDA kernels, likewise; built when nvcc is found (VLKERN_CUDA=auto|on|off)
+_host    tensor-free C++ bound with pybind11
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_root() -> Path:
+    """PyTorch's folder: only its headers and libraries are used, so a build environment may borrow the interpreter's."""
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    for scheme in ("purelib", "platlib"):
+        candidate = Path(sysconfig.get_paths()[scheme]) / "torch"
+        if (candidate / "include").is_dir():
+            return candidate
+    sys.exit("vlkern needs PyTorch >= 2.11 to build: install torch first, or build with --no-build-isolation")
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once; every library lands beside the package's Python files."""
+
+    def run(self) -> None:
+        package = Path(self.get_ext_fullpath("vlkern._host")).parent.resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        package.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DVLKERN_TORCH={torch_root()}",
+            f"-DVLKERN_CUDA={os.environ.get('VLKERN_CUDA', 'auto')}",
+            f"-DVLKERN_HOST_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DVLKERN_PACKAGE={package}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
+
+
+kernels = {f"vlkern.kernels.{op}": f"kernels/{op}" for op in find_packages("kernels")}
+setup(
+    version=(ROOT / "python/vlkern/version.txt").read_text().strip(),
+    packages=[*find_packages("python"), *kernels, "vlkern.clipart_mini"],
+    package_dir={"": "python", "vlkern.clipart_mini": "data/clipart-mini", **kernels},
+    package_data={"vlkern": ["version.txt", "py.typed"], "vlkern.clipart_mini": ["*.tar", "README.md"]},
+    ext_modules=[Extension("vlkern._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
