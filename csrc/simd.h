@@ -63,32 +63,41 @@ VLKERN_INLINE fp16 from_float<fp16>(float v) {
   return fp16(uint16_t(result | sign), fp16::from_bits());
 }
 
-// exp(x) for x <= 0, within 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, a degree-6 polynomial for e^r, 2^n by exponent bits.
+// exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial for e^r, and 2^n
+// by exponent bits. Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not subnormal.
 VLKERN_INLINE float exp_nonpositive(float x) {
   x = x > -87.0f ? x : -87.0f;
-  float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // round to nearest integer
+  float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer: 1.5 * 2^23 shifts the fraction out
   float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;    // ln2 in two parts
-  float p = 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  float p = 0.00829764767f;
+  p = p * r + 0.0419154314f;
+  p = p * r + 0.166675751f;
+  p = p * r + 0.499988944f;
+  p = p * r + 0.999999692f;
+  p = p * r + 1.00000007f;
   return p * std::bit_cast<float>(uint32_t(int32_t(n) + 127) << 23);
 }
 
-// log(1 + u) for 0 <= u <= 1: 2 atanh(s), s = u / (2 + u) <= 1/3, by its series; relative error under 1e-6.
-VLKERN_INLINE float log1p_unit(float u) {
-  float s = u / (2.0f + u), z = s * s;
-  float p = 2.0f / 13;
-  p = p * z + 2.0f / 11;
-  p = p * z + 2.0f / 9;
-  p = p * z + 2.0f / 7;
-  p = p * z + 2.0f / 5;
-  p = p * z + 2.0f / 3;
-  p = p * z + 2.0f;
-  return p * s;
+// log(1 + x) for 0 <= x <= 1, relative error under 2e-7: x times a minimax polynomial for log(1 + x) / x.
+VLKERN_INLINE float log1p_unit(float x) {
+  float p = 0.00523268789f;
+  p = p * x - 0.0295052132f;
+  p = p * x + 0.0782259103f;
+  p = p * x - 0.136632423f;
+  p = p * x + 0.191060051f;
+  p = p * x - 0.248429818f;
+  p = p * x + 0.333190968f;
+  p = p * x - 0.499994931f;
+  p = p * x + 0.99999997f;
+  return p * x;
+}
+
+// 1 / x for 1 <= x <= 2, relative error 3e-9 before rounding: a line, then three Newton steps. A third of a division's cost.
+VLKERN_INLINE float reciprocal_unit(float x) {
+  float r = 1.457107f - 0.5f * x;
+  r = r * (2.0f - x * r);
+  r = r * (2.0f - x * r);
+  return r * (2.0f - x * r);
 }
 
 }  // namespace vlkern
