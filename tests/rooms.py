@@ -1,0 +1,75 @@
+"""Which rooms, samples, backends and dtypes the tests walk on this machine."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import vlkern
+from vlkern._native import TRITON_INTERPRETS
+from vlkern._op import BACKENDS, REGISTRY, Op
+
+ROOT = Path(__file__).parents[1]
+
+
+def _tested() -> tuple[str, ...]:
+    if chosen := os.environ.get("VLKERN_TEST_BACKENDS"):
+        names = tuple(name.strip() for name in chosen.split(","))
+        if unknown := set(names) - set(BACKENDS):
+            raise pytest.UsageError(f"VLKERN_TEST_BACKENDS names {', '.join(unknown)}; there are {', '.join(BACKENDS)}")
+        return names
+    if TRITON_INTERPRETS:
+        return ("triton",)  # a process of its own; the others have theirs
+    return ("cpu", "triton", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+#: The kernels under test. The reference is the oracle and is always there.
+KERNELS = _tested()
+
+
+def device(backend: str) -> str:
+    """Where the tensors of a backend's tests live."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETS) else "cpu"
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    if TRITON_INTERPRETS and backend == "triton":
+        return torch.float32, torch.float16  # the interpreter's bfloat16 dot returns garbage (triton #11584)
+    return torch.float32, torch.bfloat16, torch.float16
+
+
+def public(op: Op) -> Any:
+    return getattr(vlkern.ops, op.public)
+
+
+def samples(op: Op) -> ModuleType:
+    return import_module(f"vlkern.kernels.{op.name}.samples")
+
+
+def small(op: Op) -> list[Any]:
+    """The samples that are for tests; the others are for benchmarks."""
+    return [sample for sample in samples(op).SAMPLES if not sample.bench]
+
+
+def skip_unsupported(op: Op, backend: str, args: Any, kwargs: Any) -> None:
+    """Skip what the room itself declares as a limit of a backend. A kernel that is merely missing must fail."""
+    if op.limits:
+        tensors = [t for t in op.bind(*args, **kwargs) if isinstance(t, torch.Tensor)]
+        if why := op.limits(backend, *tensors):
+            pytest.skip(f"{op.name} on {backend}: {why}")
+
+
+def each(*, dtype: bool = False, sample: bool = False, reference: bool = False) -> Any:
+    """Parametrise over rooms and the backends under test, optionally dtypes, samples and the reference."""
+    names, cases = ["op", "backend"] + ["dtype"] * dtype + ["sample"] * sample, []
+    for op in REGISTRY.values():
+        for backend in ("reference",) * reference + tuple(b for b in KERNELS if b in op.backends):
+            for d in dtypes(backend) if dtype else (None,):
+                for s in small(op) if sample else (None,):
+                    values = [op, backend, *([d] if dtype else []), *([s] if sample else [])]
+                    label = [op.name, backend, *([str(d)[6:]] if dtype else []), *([s.name] if s else [])]
+                    cases.append(pytest.param(*values, id="-".join(label)))
+    return pytest.mark.parametrize(names, cases)
