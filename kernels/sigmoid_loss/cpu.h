@@ -1,5 +1,7 @@
-// One pair (i, j) of the sigmoid loss, and loops over many: what every CPU path does between its matmuls.
+// What the CPU paths of the sigmoid loss share: the problem, and the arithmetic between the matmuls.
 #pragma once
+
+#include <algorithm>
 
 #include "simd.h"
 
@@ -21,6 +23,28 @@ struct Sums {
     loss += other.loss;
     scale += other.scale;
     bias += other.bias;
+  }
+};
+
+struct Problem {
+  int64_t m, n, d;            // images, texts, channels
+  float scale, bias, weight;  // loss = weight * sum softplus(-z (scale <x, y> + bias))
+  const bool *image_valid, *text_valid;
+  bool diagonal, grad;  // are the positives in this block; are gradients wanted
+
+  // Fills sign and keep of the block of pairs (i..i+rows, j..j+columns), row stride `columns`; rows and columns beyond
+  // the problem count nothing. Returns false, and fills nothing, when every pair is an ordinary negative one.
+  bool labels(int64_t i, int64_t rows, int64_t j, int64_t columns, float* sign, float* keep) const {
+    bool has_diagonal = diagonal && i < j + columns && j < i + rows;
+    bool has_edge = i + rows > m || j + columns > n;
+    if (!has_diagonal && !has_edge && !image_valid && !text_valid) return false;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) {
+        bool valid = i + r < m && j + c < n && (!image_valid || image_valid[i + r]) && (!text_valid || text_valid[j + c]);
+        keep[r * columns + c] = valid;
+        sign[r * columns + c] = diagonal && i + r == j + c ? -1.0f : 1.0f;
+      }
+    return true;
   }
 };
 
