@@ -7,6 +7,7 @@ _host    tensor-free C++ bound with pybind11
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def torch_root() -> Path:
-    """PyTorch's folder: only its headers and libraries are used, so a build environment may borrow the interpreter's."""
+    """PyTorch's folder. Only headers and libraries are used, so an isolated build borrows the interpreter's copy."""
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         return Path(spec.origin).parent
@@ -37,17 +38,23 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath("vlkern._host")).parent.resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         package.mkdir(parents=True, exist_ok=True)
+        # The tools of this environment come first: its bin folder is not on PATH when the environment is not activated.
+        tools = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+        cmake, ninja = (shutil.which(tool, path=tools["PATH"]) for tool in ("cmake", "ninja"))
+        if not cmake:
+            sys.exit("vlkern needs CMake >= 3.24 to build its native code: pip install cmake ninja")
+        # Ninja's path is given every time: an isolated build leaves one behind that no longer exists.
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(build), *generator,
             f"-DVLKERN_TORCH={torch_root()}",
             f"-DVLKERN_CUDA={os.environ.get('VLKERN_CUDA', 'auto')}",
-            f"-DVLKERN_HOST_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DVLKERN_PACKAGE={package}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build)], check=True)
+        subprocess.run(configure, check=True, env=tools)
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count())], check=True, env=tools)
+        subprocess.run([cmake, "--install", str(build)], check=True, env=tools)
 
 
 kernels = {f"vlkern.kernels.{op}": f"kernels/{op}" for op in find_packages("kernels")}
