@@ -1,0 +1,1 @@
+"""The parts that models share: attention, MLP, pooling head, initialisation."""

@@ -1,0 +1,25 @@
+"""Initial values as in big_vision, whose models these are (flax names in the docstrings)."""
+
+import math
+
+import torch
+from torch import nn
+
+# A normal distribution cut at two standard deviations has this standard deviation.
+_CUT_STD = 0.87962566103423978
+
+
+def lecun_normal_(weight: torch.Tensor, fan_in: int) -> None:
+    """flax `lecun_normal`: variance 1 / fan_in, cut at two standard deviations."""
+    std = 1 / math.sqrt(fan_in) / _CUT_STD
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def dense_(linear: nn.Linear, *, lecun: bool = False, bias_std: float = 0.0) -> nn.Linear:
+    """Xavier-uniform kernel (or LeCun-normal, flax's default) and a bias of N(0, bias_std^2)."""
+    if lecun:
+        lecun_normal_(linear.weight, linear.in_features)
+    else:
+        nn.init.xavier_uniform_(linear.weight)
+    nn.init.normal_(linear.bias, std=bias_std)
+    return linear

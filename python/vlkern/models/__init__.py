@@ -1,0 +1,33 @@
+"""Complete models by name: `create("siglip2-base-patch16-256")`."""
+
+import difflib
+
+from torch import nn
+
+from vlkern.models import siglip
+
+#: family module -> its model class; a family lists its configurations in PRESETS
+_FAMILIES = ((siglip.PRESETS, siglip.Siglip),)
+
+
+def list_models() -> list[str]:
+    """Names that `create` accepts, sorted."""
+    return sorted(name for presets, _ in _FAMILIES for name in presets)
+
+
+def create(name: str) -> nn.Module:
+    """The model `name` with freshly drawn parameters (torch's global generator), float32, on the current device.
+
+    Raises:
+        ValueError: no model has this name.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = vlkern.models.create("siglip2-base-patch16-256")
+    """
+    for presets, model in _FAMILIES:
+        if name in presets:
+            return model(presets[name])
+    close = difflib.get_close_matches(str(name), list_models(), n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"name must be one of {', '.join(list_models())}, got {name!r}{hint}")
