@@ -1,0 +1,51 @@
+# `make demo` and `make test` set themselves up: they need python3 (>= 3.10, with headers and venv), a C++ compiler and make.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/* kernels/*/*.cpp kernels/*/*.h kernels/*/*.cu)
+CXX_FILES = $(filter %.cpp %.h %.cu,$(wildcard csrc/* csrc/*/* kernels/*/*))
+
+.PHONY: help demo test bench lint gpu-check clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/built  ## train a small SigLIP on real pictures, search them, write demo/report.html
+	$(BIN)/vlkern demo
+
+test: lint  ## build, lint and run everything that needs no GPU
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py
+
+bench: .venv/built  ## compare every op with its rivals, write bench/results/
+	$(BIN)/vlkern bench
+
+lint: .venv/built  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	rm -rf build/lint && $(BIN)/python setup.py --quiet build_py --build-lib build/lint
+	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+
+# Offline, with the packages that $(PYTHON) has; nothing is installed. A failed test does not keep the benchmark from running.
+gpu-check: export PYTHONPATH := $(CURDIR)/python
+gpu-check:  ## on a machine with a GPU: build, test every backend, benchmark
+	$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check needs a GPU that PyTorch can use")'
+	VLKERN_CUDA=on $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m vlkern info
+	$(PYTHON) -m pytest --ignore tests/test_install.py --ignore tests/test_sanitizers.py; tests=$$?; \
+	  $(PYTHON) -m vlkern bench && exit $$tests
+
+clean:  ## remove everything that was made
+	rm -rf .venv build dist demo python/vlkern/*.so python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(shell grep ^torch== requirements.txt)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/built: .venv/installed $(NATIVE)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
