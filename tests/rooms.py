@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 import vlkern
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import BACKENDS, REGISTRY, Op

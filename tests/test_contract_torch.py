@@ -1,0 +1,182 @@
+"""Every room inside PyTorch's own machinery: opcheck, compile, export, checkpointing, meta tensors."""
+
+import copy
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from rooms import device, dtypes, each, public, samples, skip_unsupported, small
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.checkpoint import checkpoint
+
+import vlkern
+from vlkern.testing import differentiate, is_float, record
+
+
+class Graphs:
+    """A compiler that only keeps what it was given: fast, and shows which kernels a compiled function calls."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+        self.compile = aot_autograd(fw_compiler=self._keep(self.forward), bw_compiler=self._keep(self.backward))
+
+    @staticmethod
+    def _keep(graphs):
+        def compiler(graph, inputs):
+            graphs.append(graph)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    def kernels(self):
+        """The backends that the captured graphs call."""
+        targets = [node.target for graph in self.forward + self.backward for node in graph.graph.nodes]
+        return {t._overloadname for t in targets if getattr(t, "namespace", None) == "vlkern"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def chosen(op, backend):
+    return vlkern.backend(f"{op.name}={backend}")
+
+
+def case(op, backend, dtype=torch.float32, sample=None):
+    args, kwargs = samples(op).inputs(sample or small(op)[-1], dtype, device(backend))
+    skip_unsupported(op, backend, args, kwargs)
+    return args, kwargs
+
+
+def assert_same_run(one, other):
+    for a, b in zip(one.outputs + one.gradients, other.outputs + other.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@each(reference=True)
+def test_opcheck(op, backend):
+    """On the raw overloads, with inputs that need no grad: gradients belong to the public function."""
+    for sample in small(op):
+        args, kwargs = case(op, backend, sample=sample)
+        with record() as calls, chosen(op, backend):
+            differentiate(public(op), args, kwargs)
+            public(op)(*args, **kwargs)
+        assert calls
+        for call in calls:
+            arguments = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, (call.args, call.kwargs))
+            torch.library.opcheck(call.op, *arguments)
+
+
+@each()
+def test_compiles_in_one_graph_with_its_backward(op, backend):
+    args, kwargs = case(op, backend)
+    with chosen(op, backend):
+        eager = differentiate(public(op), args, kwargs)
+        compiled = torch.compile(public(op), fullgraph=True)
+        assert_same_run(differentiate(compiled, args, kwargs), eager)
+
+
+@each(reference=True)
+def test_compiled_graph_calls_the_chosen_kernel(op, backend):
+    args, kwargs = case(op, backend)
+    graphs = Graphs()
+    with chosen(op, backend):
+        differentiate(torch.compile(public(op), fullgraph=True, backend=graphs.compile), args, kwargs)
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    assert graphs.kernels() == {"default" if backend == "reference" else backend}
+
+
+@each()
+def test_one_graph_serves_many_sizes(op, backend):
+    """Ranks, strides and the sizes 0 and 1 each cost a graph; other sizes do not."""
+    graphs = Graphs()
+    compiled = torch.compile(public(op), fullgraph=True, dynamic=True, backend=graphs.compile)
+    with chosen(op, backend):
+        for sample in small(op):
+            args, kwargs = case(op, backend, sample=sample)
+            assert_same_run(differentiate(compiled, args, kwargs), differentiate(public(op), args, kwargs))
+    assert len(graphs.forward) < len(small(op))
+
+
+@each()
+def test_exports(op, backend):
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return public(op)(*args, **kwargs)
+
+    args, kwargs = case(op, backend)
+    with chosen(op, backend):
+        program = torch.export.export(Module(), args)
+        result = program.module()(*args)
+        torch.testing.assert_close(result, public(op)(*args, **kwargs))
+    targets = {node.target for node in program.graph.nodes}
+    assert any(target in {raw[backend] for raw in op.raw.values()} for target in targets)
+
+
+@each(dtype=True, reference=True)
+def test_autocast_stops_at_the_kernel(op, backend, dtype):
+    """The public function casts; a matmul inside a raw op computes in the precision that the op was written for."""
+    lower = torch.bfloat16 if torch.bfloat16 in dtypes(backend) else torch.float16
+    args, kwargs = case(op, backend, dtype)
+    with chosen(op, backend), torch.autocast(device(backend), lower), record() as calls:
+        differentiate(public(op), args, kwargs)
+    assert calls
+    for call in calls:
+        arguments = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, (call.args, call.kwargs))
+        with torch.autocast(device(backend), lower):
+            inside = call.op(*arguments[0], **arguments[1])
+        outside = call.op(*arguments[0], **arguments[1])
+        for a, b in zip(tree_flatten(inside)[0], tree_flatten(outside)[0], strict=True):
+            assert torch.equal(a, b)
+
+
+@each(reference=True)
+def test_activation_checkpointing_gives_the_same_gradients(op, backend):
+    args, kwargs = case(op, backend)
+    with chosen(op, backend):
+        plain = differentiate(public(op), args, kwargs)
+        again = differentiate(lambda *a, **k: checkpoint(public(op), *a, use_reentrant=False, **k), args, kwargs)
+    for a, b in zip(plain.outputs + plain.gradients, again.outputs + again.gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@each()
+def test_nothing_is_kept_without_grad(op, backend):
+    args, kwargs = case(op, backend)
+    tracked = tree_map(lambda t: t.detach().requires_grad_() if is_float(t) else t, args)
+    with chosen(op, backend):
+        with torch.no_grad():
+            unrecorded = tree_flatten(public(op)(*tracked, **kwargs))[0]
+        plain = tree_flatten(public(op)(*args, **kwargs))[0]
+    for a, b in zip(unrecorded, plain, strict=True):
+        assert not a.requires_grad and a.grad_fn is None and torch.equal(a, b)
+
+
+@each(reference=True)
+def test_only_first_derivatives(op, backend):
+    """A second derivative raises instead of being silently wrong."""
+    args, kwargs = case(op, backend)
+    inputs = [t.detach().requires_grad_() if is_float(t) else t for t in args]
+    with chosen(op, backend):
+        outputs = tree_flatten(public(op)(*inputs, **kwargs))[0]
+        cotangents = [torch.ones_like(t, requires_grad=True) for t in outputs]
+        first = torch.autograd.grad(outputs, [t for t in inputs if is_float(t)], cotangents, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            sum(g.sum() for g in first).backward()
+
+
+@each(dtype=True)
+def test_meta_tensors_have_the_same_shapes(op, backend, dtype):
+    for sample in small(op):
+        args, kwargs = samples(op).inputs(sample, dtype, "cpu")
+        real = differentiate(public(op), args, kwargs)
+        meta_args, meta_kwargs = tree_map(
+            lambda t: t.to("meta") if isinstance(t, torch.Tensor) else t, copy.copy((args, kwargs))
+        )
+        meta = differentiate(public(op), meta_args, meta_kwargs, cotangents=[t.to("meta") for t in real.cotangents])
+        for a, b in zip(real.outputs + real.gradients, meta.outputs + meta.gradients, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype) and b.is_meta
