@@ -46,9 +46,7 @@ def _masks(valid: Any, image: torch.Tensor) -> tuple[torch.Tensor | None, torch.
     return pair
 
 
-def _bind(
-    image: Any, text: Any, scale: Any, bias: Any, *, valid: Any = None, group: Any = None
-) -> tuple[Any, ...]:
+def _bind(image: Any, text: Any, scale: Any, bias: Any, *, valid: Any = None, group: Any = None) -> tuple[Any, ...]:
     image, text = _checks.floating("image", image), _checks.floating("text", text)
     if image.dim() != 2:
         raise ValueError(f"image must have shape [B, D], got {list(image.shape)}")
@@ -127,8 +125,8 @@ def sigmoid_contrastive_loss(
         group: process group over which the batch is spread (`torch.distributed.group.WORLD` for all ranks). Every rank
             passes its own B rows, the same number everywhere. The texts travel round a ring, so memory does not grow
             with the number of ranks W. Each rank returns its local mean: the mean over ranks is the loss of the global
-            batch, and each rank's gradients are W times the global ones, so that DistributedDataParallel's averaging is
-            exact.
+            batch. Gradients of image and text are W times the global ones and those of scale and bias average to them,
+            so that DistributedDataParallel's averaging is exact (`docs/distributed.md`).
 
     Returns:
         [] float32 (float64 for float64). Logits and sums are float32 for every input dtype. Differentiable once in
