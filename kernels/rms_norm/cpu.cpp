@@ -29,8 +29,8 @@ VLKERN_INLINE void backward_rows(const T* grad, const T* x, const float* w, cons
   for (int64_t i = 0; i < rows; ++i, x += n, grad += n, dx += n) {
     float r = rstd[i], dot = 0;
 #pragma omp simd reduction(+ : dot)
-    for (int64_t j = 0; j < n; ++j) dot += to_float(grad[j]) * (offset + w[j]) * to_float(x[j]);
-    float mean = dot * r / float(n);
+    for (int64_t j = 0; j < n; ++j) dot += to_float(grad[j]) * (offset + w[j]) * (to_float(x[j]) * r);
+    float mean = dot / float(n);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       float g = to_float(grad[j]), h = to_float(x[j]) * r;

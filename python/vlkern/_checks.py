@@ -71,7 +71,7 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
 
 
 def autocast_dtype(t: torch.Tensor) -> torch.dtype | None:
-    """The dtype to which the autocast region around the call casts `t`, or None: outside, for float64, on meta tensors."""
+    """The dtype to which the autocast region around the call casts `t`; None outside, for float64 and meta tensors."""
     device = t.device.type
     if t.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None

@@ -64,10 +64,8 @@ def assert_same_direction(
     if low_cosine < 1 - (1 - cosine) / 2 or abs(low_bias) > bias / 2:
         return
     our_cosine, our_bias = direction(ours, exact)
-    assert our_cosine >= cosine, (
-        f"cosine with the exact gradient is {our_cosine:.6f}, the reference has {low_cosine:.6f}"
-    )
-    assert abs(our_bias) <= bias, f"signed bias is {our_bias:+.4f}, the reference has {low_bias:+.4f}"
+    assert our_cosine >= cosine, f"cosine with the exact gradient {our_cosine:.6f}, the reference has {low_cosine:.6f}"
+    assert abs(our_bias) <= bias, f"signed bias {our_bias:+.4f}, the reference has {low_bias:+.4f}"
 
 
 @contextmanager
