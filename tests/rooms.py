@@ -55,6 +55,12 @@ def small(op: Op) -> list[Any]:
     return [sample for sample in samples(op).SAMPLES if not sample.bench]
 
 
+def seeds(op: Op, sample: Any) -> range:
+    """Enough random inputs for the largest error to be a property of the kernel; a large sample is cheap in draws."""
+    args, kwargs = samples(op).inputs(sample, torch.float32, "cpu")
+    return range(16 if vlkern.explain(op.public, *args, **kwargs).flops < 1 << 24 else 2)
+
+
 def skip_unsupported(op: Op, backend: str, args: Any, kwargs: Any) -> None:
     """Skip what the room itself declares as a limit of a backend. A kernel that is merely missing must fail."""
     if op.limits:

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from rooms import ROOT, device, each, public, samples, skip_unsupported, small
+from rooms import ROOT, device, each, public, samples, seeds, skip_unsupported, small
 from torch.utils._pytree import tree_flatten, tree_map
 
 import vlkern
@@ -17,6 +17,7 @@ from vlkern.testing import (
     is_float,
     poison,
     record,
+    stack,
 )
 
 every_room = pytest.mark.parametrize("op", REGISTRY.values(), ids=list(REGISTRY))
@@ -50,11 +51,15 @@ def test_kernel_is_there_and_runs(op, backend):
 
 @each(dtype=True, sample=True)
 def test_forward_and_backward_agree_with_the_reference(op, backend, dtype, sample):
-    args, kwargs = samples(op).inputs(sample, dtype, device(backend))
-    skip_unsupported(op, backend, args, kwargs)
-    ours = call(op, backend, args, kwargs)
-    low = call(op, "reference", args, kwargs)
-    exact = call(op, "reference", *in_float64((args, kwargs)), cotangents=ours.cotangents)
+    skip_unsupported(op, backend, *samples(op).inputs(sample, dtype, device(backend)))
+    runs = []
+    for seed in seeds(op, sample):
+        args, kwargs = samples(op).inputs(sample, dtype, device(backend), seed)
+        ours = call(op, backend, args, kwargs)
+        low = call(op, "reference", args, kwargs)
+        exact = call(op, "reference", *in_float64((args, kwargs)), cotangents=ours.cotangents)
+        runs.append((ours, low, exact))
+    ours, low, exact = (stack(list(several)) for several in zip(*runs, strict=True))
     for results in zip(ours.outputs, low.outputs, exact.outputs, strict=True):
         assert_as_good(*results)
     for gradients in zip(ours.gradients, low.gradients, exact.gradients, strict=True):

@@ -58,6 +58,9 @@ def _bind(image: Any, text: Any, scale: Any, bias: Any, *, valid: Any = None, gr
     image_valid, text_valid = _masks(valid, image)
     if (dtype := _checks.autocast_dtype(image)) is not None:
         image, text = image.to(dtype), text.to(dtype)
+    # Dynamo refuses an autograd.Function that is given the same tensor twice.
+    text = text.view_as(text) if text is image else text
+    text_valid = text_valid.view_as(text_valid) if text_valid is not None and text_valid is image_valid else text_valid
     if image_valid is None or text_valid is None:
         count = torch.full_like(scale, image.shape[0])
     else:

@@ -131,6 +131,20 @@ class Run:
     gradients: list[torch.Tensor | None]
 
 
+def stack(runs: list[Run]) -> Run:
+    """Several runs with different data as one, along a new first dimension.
+
+    `assert_as_good` compares two largest errors. Those of a single number, the gradient of a scalar for instance, are one
+    random draw each, and a lucky reference would condemn a good kernel.
+    """
+    transposed = zip(*(run.gradients for run in runs), strict=True)
+    return Run(
+        [torch.stack(list(t)) for t in zip(*(run.outputs for run in runs), strict=True)],
+        [torch.stack(list(t)) for t in zip(*(run.cotangents for run in runs), strict=True)],
+        [None if g[0] is None else torch.stack([t for t in g if t is not None]) for g in transposed],
+    )
+
+
 def is_float(leaf: Any) -> bool:
     """True for a tensor that can have a gradient."""
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import vlkern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rooms import KERNELS, device, dtypes
+
+import vlkern
 from vlkern.ops import rms_norm
 from vlkern.testing import assert_as_good, differentiate, in_float64
 
@@ -27,7 +28,7 @@ def agree(name, args, kwargs):
     with vlkern.backend("rms_norm=reference"):
         low = differentiate(rms_norm, args, kwargs)
         exact = differentiate(rms_norm, *in_float64((args, kwargs)), cotangents=ours.cotangents)
-    for results in zip(ours.outputs + ours.gradients, low.outputs + low.gradients, exact.outputs + exact.gradients):
+    for results in zip(*(run.outputs + run.gradients for run in (ours, low, exact)), strict=True):
         assert_as_good(*results)
 
 
