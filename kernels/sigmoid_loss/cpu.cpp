@@ -94,7 +94,7 @@ Outputs run(const Tensor& image_, const Tensor& text_, const Tensor& scale, cons
   bool on_tiles = dtype == ScalarType::BFloat16 && amx::available();
   if (on_tiles) {
     out.d_image = gradient(p.m, dtype), out.d_text = gradient(p.n, dtype);
-    sigmoid_loss::AmxSweep sweep(p, image, text);
+    sigmoid_loss::AmxSweep sweep(p, image.const_data_ptr<bf16>(), text.const_data_ptr<bf16>());
     sums = sweep.run(out.d_image.mutable_data_ptr<bf16>(), out.d_text.mutable_data_ptr<bf16>());
   }
 #else

@@ -10,7 +10,7 @@ namespace vlkern::sigmoid_loss {
 // u = -z s:  softplus(u) = max(u, 0) + log(1 + e),  sigmoid(u) = {u >= 0: 1, else e} / (1 + e),  e = exp(-|u|) <= 1.
 VLKERN_INLINE void softplus_and_sigmoid(float u, float& softplus, float& sigmoid) {
   float e = exp_nonpositive(u < 0 ? u : -u);
-  softplus = (u > 0 ? u : 0.0f) + log1p_unit(e);
+  softplus = (u < 0 ? 0.0f : u) + log1p_unit(e);
   sigmoid = (u < 0 ? e : 1.0f) * reciprocal_unit(1.0f + e);
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "amx.h"
+#include "arena.h"
 #include "cpu.h"
 #include "vlkern.h"
 
@@ -13,21 +14,24 @@ namespace vlkern::sigmoid_loss {
 
 class AmxSweep {
  public:
-  AmxSweep(const Problem& problem, const Tensor& image, const Tensor& text)
+  AmxSweep(const Problem& problem, const bf16* image, const bf16* text)
       : p_(problem),
         n_(round_up(p_.n, 32)),
         d_(round_up(p_.d, 32)),
-        x_{image.const_data_ptr<bf16>(), p_.m, p_.d, p_.d},
-        y_{text.const_data_ptr<bf16>(), p_.n, p_.d, p_.d},
-        yt_b_(buffer(image, n_ * d_ * 2)) {
+        n_k_(round_up(n_, 32 * kDepth)),
+        d_k_(round_up(d_, 32 * kDepth)),
+        x_{image, p_.m, p_.d, p_.d},
+        y_{text, p_.n, p_.d, p_.d},
+        arena_(bytes()) {
+    x_a_ = arena_.take<bf16>(kRows * d_k_);
+    yt_b_ = arena_.take<bf16>(n_ * d_k_);
     if (p_.grad) {
-      y_b_ = buffer(image, n_ * d_ * 2);
-      dyt_ = buffer(image, n_ * d_ * 4);
-      x_t_a_ = buffer(image, kRows * d_ * 2);
-      g_a_ = buffer(image, kRows * n_ * 2);
+      x_t_a_ = arena_.take<bf16>(kRows * d_);
+      y_b_ = arena_.take<bf16>(n_k_ * d_);
+      g_a_ = arena_.take<bf16>(kRows * n_k_);
+      dyt_ = arena_.take<float>(n_ * d_);
     }
-    x_a_ = buffer(image, kRows * d_ * 2);
-    pack_text();
+    for_each(n_ / 32, [&](int64_t b) { pack_text_rows(b); });
   }
 
   // Adds loss, d_scale and d_bias over all pairs; fills d_image [m, d] and d_text [n, d] if gradients are wanted.
@@ -36,136 +40,146 @@ class AmxSweep {
     std::vector<Sums> parts(tasks);
     for (int64_t first = 0; first < p_.m; first += kRows) {
       int64_t rows = std::min(kRows, p_.m - first);
-      pack_images(first, rows);
-      torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        Tensor scratch = buffer(text_like(), p_.grad ? kRows * kColumns * 2 : 0);
-        for (int64_t t = begin; t < end; ++t) parts[t] += columns(first, rows, t * kColumns, data<bf16>(scratch));
-      });
-      if (p_.grad) image_gradient(first, rows, d_image);
+      for_each(ceil_div(rows, 32), [&](int64_t b) { pack_image_rows(first, b); });
+      for_each(tasks, [&](int64_t t) { parts[t] += columns(first, rows, t * kColumns); });
+      if (p_.grad) {
+        int64_t across = ceil_div(d_, kChannels), down = ceil_div(rows, kStrip);
+        for_each(across * down, [&](int64_t t) {
+          image_gradient(first, rows, t / across * kStrip, t % across * kChannels, d_image);
+        });
+      }
     }
-    if (p_.grad) text_gradient(d_text);
+    if (p_.grad) for_each(n_ / 32, [&](int64_t b) { text_gradient_rows(b, d_text); });
     Sums total;
     for (const Sums& part : parts) total += part;
     return total;
   }
 
  private:
-  static constexpr int64_t kRows = 512;     // rows of a chunk: their tiles (0.8 MiB at d = 768) stay in L2
-  static constexpr int64_t kColumns = 256;  // columns of a task: G's tiles (256 KiB) stay in L2 until they are used
-  static constexpr int64_t kDepth = 1024;   // keys between two visits of a d_image accumulator
+  // Sizes for 2 MiB of L2 and 48 KiB of L1 per core. Bytes from L3 per FLOP are 1 / kColumns + 2.5 / kRows in columns()
+  // and (1 / kStrip + 1 / kChannels) in image_gradient(): 10 GB/s a core at 2.2 TFLOP/s.
+  static constexpr int64_t kRows = 1024;     // rows of a chunk; its G is [1024, n] bf16
+  static constexpr int64_t kColumns = 512;   // columns of a task
+  static constexpr int64_t kStrip = 512;     // rows whose X tiles stay in L2
+  static constexpr int64_t kChannels = 384;  // channels whose tiles or accumulators stay in L2
+  static constexpr int64_t kDepth = 8;       // k tiles per visit of an accumulator: 16 KiB of each operand, B stays in L1
 
   const Problem& p_;
-  int64_t n_, d_;  // padded to whole blocks
+  int64_t n_, d_;      // padded to whole 32 x 32 blocks
+  int64_t n_k_, d_k_;  // as the inner dimension of a product: padded to whole passes
   amx::Source x_, y_;
-  Tensor yt_b_, y_b_, dyt_, x_a_, x_t_a_, g_a_;
+  Arena arena_;
+  bf16 *x_a_, *x_t_a_, *g_a_;  // of the chunk: X [rows, d] and X^T [d, rows] as A tiles, G [rows, n] as A tiles
+  bf16 *yt_b_, *y_b_;          // Y^T [d, n] and Y [n, d] as B tiles
+  float* dyt_;                 // dY^T: 32 x 32 blocks, [n / 32][d / 32]
 
-  const Tensor& text_like() const { return yt_b_; }
-  static Tensor buffer(const Tensor& like, int64_t bytes) { return empty(like, {bytes}, ScalarType::Byte); }
-  template <class T>
-  static T* data(const Tensor& t) {
-    return static_cast<T*>(t.mutable_data_ptr());
+  int64_t bytes() const {
+    int64_t forward = 2 * d_k_ * (kRows + n_), backward = 2 * d_ * (kRows + n_k_) + 2 * kRows * n_k_ + 4 * n_ * d_;
+    return p_.grad ? forward + backward : forward;
   }
-  // Tile (panel, k) of a packed matrix whose panels hold `k_tiles` tiles.
-  static bf16* tile(const Tensor& t, int64_t panel, int64_t k_tiles, int64_t k) {
-    return data<bf16>(t) + (panel * k_tiles + k) * amx::kTile;
+  // Packed order is [k / kDepth][panel][kDepth tiles]: what one pass over k reads is contiguous. With whole panels one
+  // after the other, panels lie a power of two apart for common batch sizes and evict one another from L2.
+  static bf16* tile(bf16* packed, int64_t panels, int64_t panel, int64_t k) {
+    return packed + ((k / kDepth * panels + panel) * kDepth + k % kDepth) * amx::kTile;
   }
-
-  void pack_text() {
-    torch::stable::parallel_for(0, n_ / 32, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) pack_text_rows(b);
+  template <class F>
+  static void for_each(int64_t tasks, F&& f) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) f(t);
     });
   }
+
   VLKERN_AMX_TARGET void pack_text_rows(int64_t b) {
     for (int64_t k = 0; k < d_ / 32; ++k)
       for (int64_t h = 0; h < 2; ++h) {
-        amx::pack_b_transposed(y_, 32 * b + 16 * h, 32 * k, tile(yt_b_, 2 * b + h, d_ / 32, k));
-        if (p_.grad) amx::pack_b(y_, 32 * b, 32 * k + 16 * h, tile(y_b_, 2 * k + h, n_ / 32, b));
+        amx::pack_b_transposed(y_, 32 * b + 16 * h, 32 * k, tile(yt_b_, n_ / 16, 2 * b + h, k));
+        if (p_.grad) amx::pack_b(y_, 32 * b, 32 * k + 16 * h, tile(y_b_, d_ / 16, 2 * k + h, b));
       }
-  }
-
-  void pack_images(int64_t first, int64_t rows) {
-    torch::stable::parallel_for(0, ceil_div(rows, 32), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) pack_image_rows(first, b);
-    });
   }
   VLKERN_AMX_TARGET void pack_image_rows(int64_t first, int64_t b) {
     for (int64_t k = 0; k < d_ / 32; ++k)
       for (int64_t h = 0; h < 2; ++h) {
-        amx::pack_a(x_, first + 32 * b + 16 * h, 32 * k, tile(x_a_, 2 * b + h, d_ / 32, k));
-        if (p_.grad) amx::pack_a_transposed(x_, first + 32 * b, 32 * k + 16 * h, tile(x_t_a_, 2 * k + h, kRows / 32, b));
+        amx::pack_a(x_, first + 32 * b + 16 * h, 32 * k, tile(x_a_, kRows / 16, 2 * b + h, k));
+        if (p_.grad) amx::pack_a_transposed(x_, first + 32 * b, 32 * k + 16 * h, tile(x_t_a_, d_ / 16, 2 * k + h, b));
       }
   }
 
-  // Logits, loss and G of rows x 256 columns, then dY^T [d, columns] += X^T G.
-  VLKERN_AMX_TARGET Sums columns(int64_t first, int64_t rows, int64_t column, bf16* g_b) {
+  // A 32 x 32 block of C: C = A B over k tiles [k, min(k + kDepth, k_stop)), plus the old C unless it is fresh.
+  // a and b are the first of two neighbouring tile panels.
+  VLKERN_AMX_TARGET static void step(float* c, const bf16* a, const bf16* b, int64_t k, int64_t k_stop, bool fresh) {
+    constexpr int64_t kPanel = kDepth * amx::kTile;
+    fresh ? amx::zero_block() : amx::load_block(c, 32);
+    amx::multiply_block(a, kPanel, b, kPanel, std::min(kDepth, k_stop - k));
+    amx::store_block(c, 32);
+  }
+
+  // Logits, loss and G of rows x kColumns columns, then dY^T [d, columns] += X^T G.
+  VLKERN_AMX_TARGET Sums columns(int64_t first, int64_t rows, int64_t column) {
     amx::Tiles registers;
-    alignas(64) float block[1024], sign[1024], keep[1024];
+    int64_t row_blocks = ceil_div(rows, 32), stop = std::min(column + kColumns, n_);
+    alignas(64) static thread_local bf16 g_b[kRows * kColumns];
     Sums sums;
-    int64_t k_tiles = d_ / 32, row_blocks = ceil_div(rows, 32), stop = std::min(column + kColumns, n_);
-    auto g_b_tile = [&](int64_t j, int64_t k) { return g_b + ((j - column) / 16 * (kRows / 32) + k) * amx::kTile; };
-    for (int64_t j = column; j < stop; j += 32) {
-      for (int64_t b = 0; b < row_blocks; ++b) {
-        amx::zero_block();
-        amx::multiply_block(tile(x_a_, 2 * b, k_tiles, 0), k_tiles * amx::kTile, tile(yt_b_, j / 16, k_tiles, 0),
-                            k_tiles * amx::kTile, k_tiles);
-        amx::store_block(block, 32);
+    for (int64_t b = 0; b < row_blocks; b += kStrip / 32)
+      for (int64_t j = column; j < stop; j += 32)
+        sums += strip(first, b, std::min(b + kStrip / 32, row_blocks), j, g_b + (j - column) * kRows);
+    if (!p_.grad) return sums;
+    for (int64_t i = 0; i < d_; i += kChannels)
+      for (int64_t j = column; j < stop; j += 32)
+        for (int64_t k = 0; k < row_blocks; k += kDepth)
+          for (int64_t c = i; c < std::min(i + kChannels, d_); c += 32) {
+            float* sum = dyt_ + j * d_ + 32 * c;
+            for (int64_t line = 0; line < 1024; line += 16) _mm_prefetch(sum + 1024 + line, _MM_HINT_T0);
+            step(sum, tile(x_t_a_, d_ / 16, c / 16, k), tile(g_b + (j - column) * kRows, 2, 0, k), k, row_blocks,
+                 first == 0 && k == 0);
+          }
+    return sums;
+  }
+
+  // Row blocks [begin, end) x 32 columns: logits in L1-sized steps, loss, and G rounded into its two tile orders.
+  VLKERN_AMX_TARGET Sums strip(int64_t first, int64_t begin, int64_t end, int64_t j, bf16* g_b) {
+    alignas(64) float blocks[kStrip * 32], sign[1024], keep[1024];
+    Sums sums;
+    int64_t k_tiles = d_ / 32;
+    for (int64_t k = 0; k < k_tiles; k += kDepth)
+      for (int64_t b = begin; b < end; ++b) {
+        float* block = blocks + 1024 * (b - begin);
+        step(block, tile(x_a_, kRows / 16, 2 * b, k), tile(yt_b_, n_ / 16, j / 16, k), k, k_tiles, k == 0);
+        if (k + kDepth < k_tiles) continue;
         sums += p_.labels(first + 32 * b, 32, j, 32, sign, keep)
                     ? all_pairs<true>(block, sign, keep, 1024, p_.scale, p_.bias)
                     : all_pairs<false>(block, nullptr, nullptr, 1024, p_.scale, p_.bias);
         if (p_.grad)
-          amx::round_block(block, tile(g_a_, 2 * b, n_ / 32, j / 32), tile(g_a_, 2 * b + 1, n_ / 32, j / 32),
-                           g_b_tile(j, b), g_b_tile(j + 16, b));
+          amx::round_block(block, tile(g_a_, kRows / 16, 2 * b, j / 32), tile(g_a_, kRows / 16, 2 * b + 1, j / 32),
+                           tile(g_b, 2, 0, b), tile(g_b, 2, 1, b));
       }
-      for (int64_t i = 0; p_.grad && i < d_; i += 32) {
-        float* sum = data<float>(dyt_) + (j * d_ + 32 * i);  // 32 x 32 blocks, [n / 32][d / 32]
-        first == 0 ? amx::zero_block() : amx::load_block(sum, 32);
-        amx::multiply_block(tile(x_t_a_, i / 16, kRows / 32, 0), kRows / 32 * amx::kTile, g_b_tile(j, 0),
-                            kRows / 32 * amx::kTile, row_blocks);
-        amx::store_block(sum, 32);
-      }
-    }
     return sums;
   }
 
-  // dX [rows, d] = G Y, in tasks of 256 rows x 256 channels.
-  void image_gradient(int64_t first, int64_t rows, bf16* d_image) {
-    int64_t across = ceil_div(d_, 256), down = ceil_div(rows, 256);
-    torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
-      Tensor scratch = buffer(text_like(), 256 * 256 * 4);
-      for (int64_t t = begin; t < end; ++t)
-        image_gradient_block(first, rows, t / across * 256, t % across * 256, data<float>(scratch), d_image);
-    });
-  }
-  VLKERN_AMX_TARGET void image_gradient_block(int64_t first, int64_t rows, int64_t row, int64_t channel, float* sum,
-                                              bf16* d_image) {
+  // dX = G Y for kStrip rows x kChannels channels.
+  VLKERN_AMX_TARGET void image_gradient(int64_t first, int64_t rows, int64_t row, int64_t channel, bf16* d_image) {
     amx::Tiles registers;
-    int64_t row_stop = std::min(row + 256, round_up(rows, 32)), channel_stop = std::min(channel + 256, d_), k_tiles = n_ / 32;
-    for (int64_t k = 0; k < k_tiles; k += kDepth / 32)
+    alignas(64) static thread_local float sum[kStrip * kChannels];  // 32 x 32 blocks, [channels / 32][rows / 32]
+    auto block = [&](int64_t r, int64_t c) { return sum + ((c - channel) / 32 * (kStrip / 32) + (r - row) / 32) * 1024; };
+    int64_t row_stop = std::min(row + kStrip, rows), channel_stop = std::min(channel + kChannels, d_), k_tiles = n_ / 32;
+    for (int64_t k = 0; k < k_tiles; k += kDepth)
       for (int64_t c = channel; c < channel_stop; c += 32)
-        for (int64_t r = row; r < row_stop; r += 32) {
-          float* s = sum + (r - row) * 256 + (c - channel);
-          k == 0 ? amx::zero_block() : amx::load_block(s, 256);
-          amx::multiply_block(tile(g_a_, r / 16, k_tiles, k), k_tiles * amx::kTile, tile(y_b_, c / 16, k_tiles, k),
-                              k_tiles * amx::kTile, std::min(kDepth / 32, k_tiles - k));
-          amx::store_block(s, 256);
-        }
+        for (int64_t r = row; r < row_stop; r += 32)
+          step(block(r, c), tile(g_a_, kRows / 16, r / 16, k), tile(y_b_, d_ / 16, c / 16, k), k, k_tiles, k == 0);
     float factor = p_.scale * p_.weight;
-    for (int64_t r = row; r < std::min(row + 256, rows); ++r)
-      for (int64_t c = channel; c < std::min(channel_stop, p_.d); ++c)
-        d_image[(first + r) * p_.d + c] = from_float<bf16>(factor * sum[(r - row) * 256 + (c - channel)]);
+    for (int64_t r = row; r < row_stop; ++r)
+      for (int64_t c = channel; c < std::min(channel_stop, p_.d); c += 32) {
+        const float* source = block(r, c) + (r - row) % 32 * 32;
+        bf16* target = d_image + (first + r) * p_.d + c;
+        for (int64_t i = 0; i < std::min<int64_t>(32, p_.d - c); ++i) target[i] = from_float<bf16>(factor * source[i]);
+      }
   }
 
-  // dY [n, d] from the accumulated 32 x 32 blocks of dY^T.
-  void text_gradient(bf16* d_text) {
-    torch::stable::parallel_for(0, n_ / 32, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) text_gradient_rows(b, d_text);
-    });
-  }
+  // dY [n, d], 32 rows, from the blocks of dY^T.
   VLKERN_AMX_TARGET void text_gradient_rows(int64_t b, bf16* d_text) {
     __m512 factor = _mm512_set1_ps(p_.scale * p_.weight);
     for (int64_t c = 0; c < p_.d; c += 16)
       for (int64_t h = 0; h < 2; ++h) {
-        const float* block = data<float>(dyt_) + (b * d_ + c / 32 * 32) * 32 + c % 32 * 32 + 16 * h;
+        const float* block = dyt_ + (b * d_ + c / 32 * 32) * 32 + c % 32 * 32 + 16 * h;
         __m512i r[16];
         for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(block + 32 * i);
         amx::transpose(r);
