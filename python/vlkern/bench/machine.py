@@ -1,0 +1,103 @@
+"""The machine: its name and its own ceilings, measured in the same run as the ops."""
+
+import importlib.util
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vlkern
+from vlkern.bench.rivals import open_clip_version
+from vlkern.bench.timing import Clock, race, recycle_memory
+
+_MATMULS = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """Model name and flags."""
+    fields = {"model name": platform.processor() or platform.machine(), "flags": ""}
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        key, _, value = line.partition(":")
+        if key.strip() in fields:
+            fields[key.strip()] = value.strip()
+    return fields["model name"], fields["flags"].split()
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What the results depend on; `slug` names the folder they go to."""
+    name, flags = _cpu()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found: dict[str, Any] = {
+        "cpu": name,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "simd": [f for f in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16") if f in flags],
+    }
+    words = re.sub(r"\((r|tm)\)|processor|cpu|@.*", " ", name.lower())
+    label = f"{words} {'amx' if 'amx_bf16' in flags else ''} {cores}c"
+    if device == "cuda":
+        found["gpu"] = label = torch.cuda.get_device_name()
+    return {"slug": "-".join(re.findall(r"[a-z0-9]+", label.lower())), **found}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that took part."""
+    found = {"python": platform.python_version(), "vlkern": vlkern.__version__, "torch": torch.__version__}
+    for package in ("triton", "liger_kernel"):
+        if importlib.util.find_spec(package):
+            found[package] = version(package)
+    if (clip := open_clip_version()) is not None:
+        found["open_clip"] = clip
+    return found
+
+
+def copy_rates(device: str, mebibytes: int) -> dict[str, float]:
+    """GB/s, reads plus writes, of copying into an existing tensor and of clone(), which needs a fresh one."""
+    source = torch.ones(mebibytes << 18, device=device)
+    target = torch.zeros_like(source)
+    calls = {"copy": lambda: target.copy_(source), "clone": lambda: source.clone()}
+    for call in calls.values():
+        call()
+    best = {name: min(t) for name, t in race(calls, Clock(device, cold=False), 5, fixed=True).items()}
+    return {name: 2e-6 * source.nbytes / ms for name, ms in best.items()}
+
+
+def matmul_rate(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
+    """TFLOP/s of the fastest of a few square matmuls."""
+    clock, best = Clock(device, cold=False), 0.0
+    for n in sizes:
+        a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+        out = a @ b
+        ms = min(clock(lambda: torch.mm(a, b, out=out)) for _ in range(4))  # noqa: B023
+        best = max(best, 2e-9 * n**3 / ms)
+    return best
+
+
+def ceilings(device: str, dtypes: dict[str, torch.dtype], quick: bool = False) -> dict[str, Any]:
+    """Copy rates in GB/s, with and without recycled memory on the CPU, and matmul rates in TFLOP/s.
+
+    Turns recycling on for the rest of the process.
+    """
+    mebibytes = 64 if quick else 512
+    sizes = _MATMULS[device][: 1 if quick else None]
+    found: dict[str, Any] = {}
+    if device == "cpu":
+        found["copy_GBps_default_malloc"] = copy_rates(device, mebibytes)
+        found["memory_is_recycled"] = recycle_memory()
+    found["copy_GBps"] = copy_rates(device, mebibytes)
+    found["matmul_TFLOPs"] = {name: matmul_rate(device, dtype, sizes) for name, dtype in dtypes.items()}
+    return found
+
+
+def check_device(device: str) -> str:
+    """`device`, which must be cpu or cuda and exist."""
+    if device not in _MATMULS:
+        raise ValueError(f"device must be one of {', '.join(_MATMULS)}, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was chosen, but torch.cuda.is_available() is False")
+    return device

@@ -1,0 +1,63 @@
+"""No number without a check: the truth about a case, and how far a contestant is from it."""
+
+import torch
+
+from vlkern.bench.case import Case, Inputs, backend_contestant
+from vlkern.bench.rivals import Function
+from vlkern.kernels.sigmoid_loss import reference as sigmoid_loss
+
+_BLOCK = 1024
+
+
+def _sigmoid_loss_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
+    """Loss and gradients for a batch whose [B, B] tensors do not fit, 1024 rows at a time.
+
+    Every pair is first a negative; then, as softplus(-s) = softplus(s) - s, each s_ii and its gradient -1 are added.
+    """
+    image, text, scale, bias = (t.detach() for t in inputs.args)
+    weight = torch.ones_like(scale) / len(image)
+    dots = (image * text).sum(1)
+    loss = -weight * (scale * dots + bias).sum()
+    d_image, d_text = -weight * scale * text, -weight * scale * image
+    d_scale, d_bias = -weight * dots.sum(), -torch.ones_like(bias)
+    for i in range(0, len(image), _BLOCK):
+        part = sigmoid_loss.sigmoid_loss_grad(
+            image[i : i + _BLOCK], text, scale, bias, weight, None, None, diagonal=False
+        )
+        loss += part[0]
+        d_image[i : i + _BLOCK] += part[1]
+        d_text += part[2]
+        d_scale += part[3]
+        d_bias += part[4]
+    return [loss, d_image, d_text, d_scale, d_bias]
+
+
+def truth(case: Case, inputs: Inputs) -> list[torch.Tensor]:
+    """Output and gradients by the reference in float64; for a huge sample in float32, in blocks."""
+    if case.op == "sigmoid_loss" and not inputs.kwargs and inputs.args[0].shape[0] > _BLOCK:
+        return _sigmoid_loss_in_blocks(inputs.to(torch.float32 if case.huge else torch.float64))
+    return inputs.to(torch.float64).run(backend_contestant(case.op, "reference").make(), "forward+backward")
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want||; inf when the shape differs, nan when the result is."""
+    if got.shape != want.shape:
+        return float("inf")
+    return float((got.to(want.dtype) - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """sqrt(machine epsilon): half of the dtype's digits. It tells a wrong formula from rounding; errors are printed."""
+    return float(torch.finfo(dtype).eps) ** 0.5
+
+
+def errors(case: Case, inputs: Inputs, want: list[torch.Tensor], function: Function, mode: str) -> list[float]:
+    """Errors of the output and of each gradient. Raises ValueError when one is beyond the tolerance."""
+    got = inputs.run(function, mode)
+    found = [error(g, w) for g, w in zip(got, want, strict=mode != "forward")]
+    limit = tolerance(case.dtype)
+    if not all(e <= limit for e in found):
+        names = ["output", *(f"gradient {i}" for i in range(len(found) - 1))]
+        worst = max(range(len(found)), key=lambda i: float("inf") if found[i] != found[i] else found[i])
+        raise ValueError(f"wrong {names[worst]}: error {found[worst]:.1e} against the reference, allowed {limit:.1e}")
+    return found

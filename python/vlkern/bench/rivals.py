@@ -1,0 +1,146 @@
+"""What a user would pick instead of each op, and what limits the op: bandwidth or matmuls.
+
+A rival takes the arguments of the public op and returns its output. One that is not installed raises `Absent`, and
+the report says so.
+"""
+
+import ast
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Function = Callable[..., torch.Tensor]
+
+
+class Absent(Exception):
+    """The contestant cannot take part here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that computes the op. `make` builds it (and is picklable: memory is measured in a fresh process)."""
+
+    name: str
+    make: Callable[[], Function]
+    ours: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Race:
+    """The rivals of one op and the ceiling it is held against.
+
+    ceiling  "copy" (bytes moved) or "matmul" (FLOPs)
+    share    mode -> multiple of the room's work() that this mode does
+    """
+
+    ceiling: str
+    share: dict[str, float]
+    rivals: tuple[Contestant, ...]
+
+
+def rms_norm_formula(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
+    """The lines found in most model files."""
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (y * (offset + weight.float())).to(x.dtype)
+
+
+def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
+    """torch.nn.functional.rms_norm; it takes no offset, so the weight is shifted first."""
+    return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
+
+
+def sigmoid_loss_formula(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """The loss as the SigLIP paper's pseudocode and open_clip write it: every [B, B] tensor is materialised."""
+    logits = scale * image @ text.T + bias
+    labels = 2 * torch.eye(len(image), dtype=logits.dtype, device=logits.device) - torch.ones_like(logits)
+    return -F.logsigmoid(labels * logits).sum() / len(image)
+
+
+def _compiled(function: Function) -> Function:
+    compiled: Function = torch.compile(function, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _plain(function: Function) -> Function:
+    return function
+
+
+def _liger_rms_norm() -> Function:
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise Absent("liger_kernel is not installed")
+    if not torch.cuda.is_available():
+        raise Absent("liger_kernel needs a GPU")
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    def run(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
+        y: torch.Tensor = LigerRMSNormFunction.apply(x, weight, eps, offset, "gemma" if offset else "llama", False)
+        return y
+
+    return run
+
+
+def open_clip_version() -> str | None:
+    """The version of the installed open_clip, read without importing it."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        return None
+    tree = ast.parse(Path(spec.origin).with_name("version.py").read_text())
+    return next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
+
+
+def _open_clip_loss(chunk: int) -> Function:
+    """open_clip's own SigLipLoss. Its file is loaded alone: the package also imports timm and torchvision."""
+    version = open_clip_version()
+    if version is None:
+        raise Absent("open_clip is not installed")
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.origin is not None
+    spec = importlib.util.spec_from_file_location("_open_clip_loss", Path(package.origin).with_name("loss.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not chunk:
+        loss: Any = module.SigLipLoss()
+    elif "chunk_size" in inspect.signature(module.SigLipLoss).parameters:
+        loss = module.SigLipLoss(chunk_size=chunk)
+    else:
+        raise Absent(f"SigLipLoss of open_clip {version} has no chunk_size")
+    function: Function = loss
+    return function
+
+
+RACES: dict[str, Race] = {
+    "rms_norm": Race(
+        ceiling="copy",
+        # forward: read x, write y. backward: read x and grad, write dx.
+        share={"forward": 1.0, "forward+backward": 2.5},
+        rivals=(
+            Contestant("eager", partial(_plain, rms_norm_formula)),
+            Contestant("F.rms_norm", partial(_plain, torch_rms_norm)),
+            Contestant("torch.compile", partial(_compiled, rms_norm_formula), compiled=True),
+            Contestant("liger", _liger_rms_norm),
+        ),
+    ),
+    "sigmoid_loss": Race(
+        ceiling="matmul",
+        # Of the three matmuls the forward does one.
+        share={"forward": 1 / 3, "forward+backward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, sigmoid_loss_formula)),
+            Contestant("torch.compile", partial(_compiled, sigmoid_loss_formula), compiled=True),
+            Contestant("open_clip", partial(_open_clip_loss, 0)),
+            Contestant("open_clip chunked", partial(_open_clip_loss, 1024)),
+        ),
+    ),
+}
