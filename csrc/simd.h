@@ -66,7 +66,7 @@ VLKERN_INLINE fp16 from_float<fp16>(float v) {
 // exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial for e^r, and 2^n
 // by exponent bits. Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not subnormal.
 VLKERN_INLINE float exp_nonpositive(float x) {
-  x = x > -87.0f ? x : -87.0f;
+  x = x < -87.0f ? -87.0f : x;  // this way round NaN stays NaN
   float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer: 1.5 * 2^23 shifts the fraction out
   float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;    // ln2 in two parts
   float p = 0.00829764767f;

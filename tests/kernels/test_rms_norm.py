@@ -115,6 +115,18 @@ def test_finite_for_any_finite_input(name):
 
 
 @every_backend
+def test_nan_is_not_swallowed(name):
+    for dtype in dtypes(name):
+        x = normal(6, 40, dtype=dtype).to(device(name))
+        x[4, 39] = math.nan
+        with vlkern.backend(name):
+            run = differentiate(rms_norm, (x, torch.ones(40, device=device(name))), {})
+        nan_rows = run.outputs[0].isnan().all(1)
+        assert nan_rows.tolist() == [False] * 4 + [True, False] and not run.outputs[0][~nan_rows].isnan().any()
+        assert run.gradients[0][4].isnan().all() and run.gradients[1].isnan().all()
+
+
+@every_backend
 def test_autocast_returns_float32(name):
     lower = dtypes(name if name in KERNELS else "cpu")[-1]
     x, weight = normal(4, 24, dtype=lower).to(device(name)), normal(24, dtype=lower).to(device(name))

@@ -216,6 +216,24 @@ def test_extreme_temperatures_agree(name, scale, bias):
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_is_not_swallowed(name, dtype):
+    """A model that has diverged must show in the loss and in every gradient that saw the NaN."""
+    if name in KERNELS and dtype not in dtypes(name):
+        pytest.skip("Triton's interpreter has no bfloat16 dot")
+    where = device(name)
+    image, text = pairs(70, 40, dtype, where=where)
+    text[66, 3] = math.nan
+    args = (image, text, *scalars(10.0, -10.0, where=where))
+    result = run(name, *args)
+    with vlkern.backend(name):
+        assert sigmoid_contrastive_loss(*args).isnan()
+    d_image, d_text, d_scale, d_bias = result.gradients
+    assert result.outputs[0].isnan() and d_scale.isnan() and d_bias.isnan()
+    assert d_image.isnan().all() and d_text[66].isnan().all()
+
+
+@every_backend
 def test_float16_keeps_small_gradients(name):
     """Well separated pairs have gradients below float16's range; a loss scale saves them, if nothing rounds before."""
     where, loss_scale = device(name), 65536.0
