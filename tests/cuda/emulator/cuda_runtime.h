@@ -1,0 +1,82 @@
+// A CUDA runtime on the CPU, so that the kernels' indices, masks, barriers and sums are tested without a GPU.
+//
+// Blocks run one after the other; the threads of a block are fibers that change places at barriers and
+// shuffles. A barrier that some thread of the block never reaches ends the process. It says nothing about
+// races between barriers, caches or speed.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9;
+
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "invalid configuration argument";
+}
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 3;  // few, so that persistent blocks take several rows
+  return cudaSuccess;
+}
+
+namespace emulator {
+void run(dim3 grid, dim3 block, const std::function<void()>& thread);
+void block_barrier();
+void warp_barrier();
+char* lane_slot(int lane);  // 8 bytes a lane of the current warp
+int lane();
+}  // namespace emulator
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline void __syncthreads() {
+  emulator::block_barrier();
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int across) {
+  if (mask != 0xffffffffu) std::abort();
+  std::memcpy(emulator::lane_slot(emulator::lane()), &value, sizeof(T));
+  emulator::warp_barrier();
+  std::memcpy(&value, emulator::lane_slot(emulator::lane() ^ across), sizeof(T));
+  emulator::warp_barrier();
+  return value;
+}
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... arguments) {
+  dim3 grid = config->gridDim, block = config->blockDim;
+  if (block.x * block.y * block.z > 1024 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
+  emulator::run(grid, block, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}

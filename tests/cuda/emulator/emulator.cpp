@@ -1,0 +1,152 @@
+// The fibers of cuda_runtime.h, what PyTorch and cuBLAS offer on a machine with a GPU, and the kernels of one
+// room.
+#include <ucontext.h>
+
+#include "cuda/blas.cuh"
+
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+namespace {
+
+struct Barrier {
+  int arrived = 0, generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(64 << 10);
+  bool running = false;
+};
+
+std::vector<Fiber> fibers(1024);
+std::vector<Barrier> warps(32);
+Barrier whole;
+char slots[32][32][8];
+ucontext_t scheduler;
+const std::function<void()>* body;
+int current, count, steps;  // steps: arrivals at barriers and returns from the kernel
+
+void start() {
+  (*body)();
+  fibers[current].running = false;
+  ++steps;
+}
+
+void wait(Barrier& barrier, int members) {
+  int generation = barrier.generation;
+  ++steps;
+  if (++barrier.arrived == members) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+  while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
+}
+
+void prepare(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.context.uc_link = &scheduler;
+  makecontext(&fiber.context, start, 0);
+  fiber.running = true;
+}
+
+void run_block() {
+  for (int t = 0; t < count; ++t) prepare(fibers[t]);
+  for (int before = -1; before != steps;) {
+    before = steps;
+    for (current = 0; current < count; ++current) {
+      if (!fibers[current].running) continue;
+      threadIdx = dim3(current % blockDim.x, current / blockDim.x);
+      swapcontext(&scheduler, &fibers[current].context);
+    }
+  }
+  for (int t = 0; t < count; ++t)
+    if (fibers[t].running) {
+      std::fprintf(stderr, "thread %d of block (%u, %u) waits for threads that never come\n", t, blockIdx.x,
+                   blockIdx.y);
+      std::abort();
+    }
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+  gridDim = grid, blockDim = block, body = &thread;
+  count = int(block.x * block.y), steps = 0;
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = dim3(x, y);
+      run_block();
+    }
+}
+
+int lane() {
+  return current % 32;
+}
+char* lane_slot(int lane) {
+  return slots[current / 32][lane];
+}
+void block_barrier() {
+  wait(whole, count);
+}
+void warp_barrier() {
+  wait(warps[current / 32], 32);
+}  // a warp that is not whole never meets
+
+template <class T>
+void gemm(int transa, int transb, int m, int n, int k, const T* a, int lda, const T* b, int ldb, float beta,
+          float* c, int ldc) {
+  for (int64_t col = 0; col < n; ++col)
+    for (int64_t row = 0; row < m; ++row) {
+      double sum = 0;
+      for (int64_t i = 0; i < k; ++i)
+        sum += double(float(a[transa ? i + row * lda : row + i * lda])) *
+               double(float(b[transb ? col + i * ldb : i + col * ldb]));
+      float& out = c[row + col * ldc];
+      out = float(sum) + (beta == 0 ? 0 : beta * out);
+    }
+}
+
+}  // namespace emulator
+
+extern "C" {
+
+// Column-major C = op(A) op(B) + beta C, as cuBLAS documents it.
+__attribute__((visibility("default"))) int cublasGemmEx(void*, int transa, int transb, int m, int n, int k,
+                                                        const float* alpha, const void* a, int type, int lda,
+                                                        const void* b, int b_type, int ldb, const float* beta,
+                                                        void* c, int c_type, int ldc, int compute,
+                                                        int algorithm) {
+  bool leading = lda >= (transa ? k : m) && ldb >= (transb ? n : k) && ldc >= m;
+  if (*alpha != 1 || type != b_type || c_type != CUDA_R_32F || compute != 68 || algorithm != -1 || !leading)
+    return 7;
+  auto call = [&]<class T>() {
+    emulator::gemm(transa, transb, m, n, k, static_cast<const T*>(a), lda, static_cast<const T*>(b), ldb,
+                   *beta, static_cast<float*>(c), ldc);
+  };
+  if (type == CUDA_R_32F) call.operator()<float>();
+  if (type == CUDA_R_16F) call.operator()<torch::headeronly::Half>();
+  if (type == CUDA_R_16BF) call.operator()<torch::headeronly::BFloat16>();
+  return 0;
+}
+
+AOTITorchError torch_get_current_cuda_blas_handle(void** handle) {
+  return *handle = nullptr, 0;
+}
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  return *stream = nullptr, 0;
+}
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  return *guard = nullptr, 0;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  return 0;
+}
+}
+
+#define CUDA CPU  // the room's overloads take CPU tensors
+#include VLKERN_SOURCE

@@ -1,0 +1,195 @@
+"""The CUDA kernels on an emulated GPU (emulator/): every index, mask, barrier and sum, without the hardware.
+
+The undefined-behaviour sanitiser is on, so a vector access to a misaligned address fails as it would on a GPU.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from rooms import ROOT
+from vlkern._op import REGISTRY
+from vlkern.kernels import rms_norm, sigmoid_loss
+from vlkern.testing import assert_as_good, assert_same_direction, in_float64, poison
+
+HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """Compiles the rooms for the emulated GPU. Their `.cuda` overloads then take CPU tensors in this process."""
+    folder = tmp_path_factory.mktemp("emulated")
+    for room in ("rms_norm", "sigmoid_loss"):
+        library = folder / f"{room}.so"
+        subprocess.run(
+            [
+                *"g++ -std=c++20 -O2 -g -shared -fPIC -fvisibility=hidden -Wl,-Bsymbolic".split(),
+                *"-Wall -Wextra -Werror -Wno-unknown-pragmas -fsanitize=undefined -fno-sanitize-recover=all".split(),
+                *"-DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000".split(),
+                f'-DVLKERN_SOURCE="{ROOT}/kernels/{room}/cuda.cu"',
+                *("-I", HERE / "emulator", "-I", ROOT / "csrc", "-isystem", TORCH / "include"),
+                *(HERE / "emulator/emulator.cpp", TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so", "-ldl"),
+                *("-o", library),
+            ],
+            check=True,
+        )
+        torch.ops.load_library(library)
+
+
+def run(op, raw, backend, *args):
+    with poison():
+        result = REGISTRY[op].raw[raw][backend](*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def compare(op, raw, args, gradients=False):
+    """Against the reference in float64; the same bits the second time. Returns what the kernels computed."""
+    ours, low = run(op, raw, "cuda", *args), run(op, raw, "reference", *args)
+    exact = run(op, raw, "reference", *in_float64(args))
+    for one, two, three in zip(ours, low, exact, strict=True):
+        # The float32 gradients of float16 embeddings come from a float16 G, and reach the user as float16.
+        results = [t.half() if args[0].dtype == torch.float16 and t.dim() == 2 else t for t in (one, two)] + [three]
+        assert_as_good(*results)
+        if gradients:
+            assert_same_direction(*results)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(op, raw, "cuda", *args), strict=True))
+    return ours
+
+
+def misaligned(t):
+    """The same values one element past a 16-byte boundary, NaN before and after."""
+    room = torch.full((t.numel() + 64,), float("nan"), dtype=t.dtype)
+    start = next(i for i in range(1, 64) if room[i:].data_ptr() % 16 == t.element_size())
+    room[start : start + t.numel()] = t.flatten()
+    return room[start : start + t.numel()].view(t.shape)
+
+
+def rms_norm_agrees(x, weight, offset):
+    g = torch.Generator().manual_seed(7)
+    _, rstd = compare("rms_norm", "rms_norm", (x, weight, 1e-6, offset))
+    grad = torch.randn(x.shape, generator=g).to(x.dtype)
+    compare("rms_norm", "rms_norm_backward", (grad, x, weight, rstd, offset), gradients=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("sample", [s for s in rms_norm.samples.SAMPLES if not s.bench], ids=lambda s: s.name)
+def test_rms_norm_on_its_samples(emulated, sample, dtype):
+    (x, weight), kwargs = rms_norm.samples.inputs(sample, dtype, "cpu")
+    rms_norm_agrees(x, weight.float(), kwargs["offset"])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("rows", "n"),
+    [
+        (9, 8),  # one vector a row
+        (70, 512),  # two vectors a lane
+        (67, 640),  # a warp a row; the three multiprocessors' blocks take several rounds
+        (50, 1152),  # two warps a row
+        (9, 4096),  # the block holds two rows
+        (5, 4104),  # the block holds one row
+        (3, 16384),  # longest row that the backward holds in registers, in two bytes
+        (3, 16392),  # one vector more
+        (2, 33000),  # longer than the forward holds
+        (300, 1153),  # odd: no vectors, two slabs of rows
+    ],
+)
+def test_rms_norm_at_every_block_shape(emulated, rows, n, dtype):
+    g = torch.Generator().manual_seed(n)
+    rms_norm_agrees(torch.randn(rows, n, generator=g).to(dtype), torch.randn(n, generator=g), 1.0)
+
+
+@DTYPES
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_rms_norm_of_misaligned_memory(emulated, which, dtype):
+    g = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(5, 64, generator=g).to(dtype), torch.randn(64, generator=g)
+    x, weight = (misaligned(x), weight) if which == "x" else (x, misaligned(weight))
+    rms_norm_agrees(x, weight, 0.0)
+
+
+def sigmoid_arguments(m, n, d, dtype, scale=10.0, bias=-10.0, valid=None, diagonal=True):
+    g = torch.Generator().manual_seed(m + n)
+    image = torch.nn.functional.normalize(torch.randn(m, d, generator=g), dim=-1)
+    text = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=-1)
+    shared = min(m, n)
+    text[:shared] = 0.7 * image[:shared] + 0.7 * text[:shared]
+    masks = (None, None) if valid is None else (torch.arange(m) % valid != 1, torch.arange(n) % valid != 2)
+    scalars = (torch.tensor(v) for v in (scale, bias, 1 / m))
+    return image.to(dtype), text.to(dtype), *scalars, *masks, diagonal
+
+
+def sigmoid_agrees(args):
+    (loss,) = compare("sigmoid_loss", "sigmoid_loss", args)
+    with_gradients, *_ = compare("sigmoid_loss", "sigmoid_loss_grad", args, gradients=True)
+    assert torch.equal(loss, with_gradients)
+
+
+@DTYPES
+@pytest.mark.parametrize("sample", [s for s in sigmoid_loss.samples.SAMPLES if s.b < 1000], ids=lambda s: s.name)
+def test_sigmoid_loss_on_its_samples(emulated, sample, dtype):
+    args, kwargs = sigmoid_loss.samples.inputs(sample, dtype, "cpu")
+    bound = REGISTRY["sigmoid_loss"].bind(*args, **kwargs)
+    image, text, scale, bias, count, *rest = bound
+    sigmoid_agrees((image, text, scale, bias, 1 / count, *rest))
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("m", "n", "options"),
+    [
+        (7, 130, {}),  # more texts than images
+        (130, 7, {}),
+        (17, 2049, {"valid": 3}),  # two blocks of columns, the second with one; two of rows
+        (40, 40, {"diagonal": False, "valid": 5}),  # a shard of negatives
+        (9, 9, {"scale": 1e4, "bias": 10.0}),
+        (33, 24, {"scale": 100.0, "bias": -100.0}),
+    ],
+)
+def test_sigmoid_loss_blocks(emulated, m, n, options, dtype):
+    sigmoid_agrees(sigmoid_arguments(m, n, 24, dtype, **options))
+
+
+@pytest.mark.parametrize(("m", "n"), [(5761, 3), (3, 5761), (5762, 5800)])
+def test_sigmoid_loss_over_several_tiles(emulated, m, n):
+    """A tile has at most 5760 rows and columns. The diagonal crosses the tiles' borders, masks and sums go on."""
+    args = sigmoid_arguments(m, n, 2, torch.float32, scale=3.0, bias=-1.0, valid=7)
+    compare("sigmoid_loss", "sigmoid_loss_grad", args, gradients=True)
+
+
+def test_a_masked_pair_may_hold_anything(emulated):
+    image, text, *rest = sigmoid_arguments(20, 20, 8, torch.float32, valid=4)
+    expected = run("sigmoid_loss", "sigmoid_loss_grad", "cuda", image, text, *rest)
+    image[1], text[2] = float("inf"), float("nan")
+    ours = run("sigmoid_loss", "sigmoid_loss_grad", "cuda", image, text, *rest)
+    for scalar in (0, 3, 4):
+        assert torch.equal(ours[scalar], expected[scalar])
+
+
+def test_fp16_gradients_of_confident_negatives_do_not_underflow(emulated):
+    """sigmoid(-18) = 1.5e-8 is less than half of fp16's smallest number; G is stored times 2^15."""
+    image, text, _, _, weight, *_ = sigmoid_arguments(16, 16, 8, torch.float16)
+    args = image, text, torch.tensor(1.0), torch.tensor(-18.0), weight, None, None, False
+    ours, exact = (
+        run("sigmoid_loss", "sigmoid_loss_grad", b, *a) for b, a in (("cuda", args), ("reference", in_float64(args)))
+    )
+    for gradient, expected in zip(ours[1:3], exact[1:3], strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected).abs().max() <= 2**-10 * expected.abs().max()
+
+
+def test_kernels_check_what_python_has_checked(emulated):
+    """Second line of defence, before any memory is touched."""
+    forward = REGISTRY["rms_norm"].raw["rms_norm"]["cuda"]
+    with pytest.raises(RuntimeError, match="weight must be float32"):
+        forward(torch.ones(2, 8), torch.ones(7), 1e-6, 0.0)
+    loss = REGISTRY["sigmoid_loss"].raw["sigmoid_loss"]["cuda"]
+    image, text, scale, *rest = sigmoid_arguments(4, 4, 8, torch.float32)
+    with pytest.raises(RuntimeError, match="one dtype"):
+        loss(image, text.half(), scale, *rest)
+    with pytest.raises(RuntimeError, match="float32 scalars"):
+        loss(image, text, scale.double(), *rest)
+    with pytest.raises(RuntimeError, match="must not be empty"):
+        loss(image[:0], text, scale, *rest)
