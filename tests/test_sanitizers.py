@@ -1,0 +1,126 @@
+"""The native code under AddressSanitizer and UndefinedBehaviorSanitizer: every sample of every op, and packing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("g++")
+SANITIZERS = "address,undefined"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMPILER, reason="the run-time libraries come with g++")]
+
+# Reads a buffer of 16 floats that PyTorch allocated, and adds to an int.
+FAULTY = """
+extern "C" float read(const float* p, long i) { return p[i]; }
+extern "C" int next(int i) { return i + 1; }
+"""
+LOAD = "import ctypes, sys, torch; library, i = ctypes.CDLL(sys.argv[1]), int(sys.argv[2]); x = torch.ones(16); "
+READ = LOAD + "library.read(ctypes.c_void_p(x.data_ptr()), ctypes.c_long(i))"
+NEXT = LOAD + "library.next(i)"
+
+EVERY_SAMPLE = """
+from importlib import import_module
+from pathlib import Path
+import sys
+import numpy as np
+import torch, vlkern
+from vlkern._op import REGISTRY
+from vlkern.packing import METHODS, pack
+from vlkern.testing import differentiate
+
+sanitized = {line.split()[-1] for line in open("/proc/self/maps") if "/vlkern/_C" in line}
+assert sanitized == {sys.argv[1] + "/_C.so"}, sanitized
+for name, op in REGISTRY.items():
+    if "cpu" in op.backends:
+        room = import_module(f"vlkern.kernels.{name}.samples")
+        for sample in (s for s in room.SAMPLES if not s.bench):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                arguments, options = room.inputs(sample, dtype, "cpu")
+                with vlkern.backend(f"{name}=cpu"):
+                    differentiate(getattr(vlkern.ops, op.public), arguments, options)
+                print(name, sample.name, dtype)
+for method in METHODS:
+    for n in (0, 1, 2, 3, 1000):
+        pack(np.random.default_rng(n).integers(1, 101, n), 100, method=method)
+print("done")
+"""
+
+
+def sanitized(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs this Python with the sanitizers' run-time libraries loaded first, as they must be."""
+    # libstdc++ goes along: ASan looks for __cxa_throw when it starts, and python itself does not link it.
+    libraries = [
+        subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment |= {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter and PyTorch keep memory until the process ends
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CUDA_VISIBLE_DEVICES": "",  # the driver maps memory where ASan keeps its shadow
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faulty")
+    source, library = folder / "faulty.cpp", folder / "faulty.so"
+    source.write_text(FAULTY)
+    flags = ("-shared", "-fPIC", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined")
+    subprocess.run([COMPILER, *flags, source, "-o", library], check=True)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("code", "argument", "report"),
+    [
+        (READ, 15, None),
+        (READ, 16, "heap-buffer-overflow"),
+        (NEXT, 1, None),
+        (NEXT, 2**31 - 1, "signed integer overflow"),
+    ],
+    ids=["read_inside", "read_outside", "add", "add_overflows"],
+)
+def test_the_sanitizers_see_a_fault(faulty: Path, code: str, argument: int, report: str | None) -> None:
+    result = sanitized("-c", code, faulty, argument)
+    assert (result.returncode == 0) == (report is None), result.stderr
+    assert (report or "") in result.stderr
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python files beside native libraries that were built with the sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    package = folder / "python" / "vlkern"
+    shutil.copytree(ROOT / "python" / "vlkern", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (folder / "kernels").symlink_to(ROOT / "kernels")
+    settings = {
+        "VLKERN_TORCH": Path(torch.__file__).parent,
+        "VLKERN_PACKAGE": package,
+        "VLKERN_CUDA": "off",
+        "VLKERN_SANITIZE": SANITIZERS,
+        "Python_EXECUTABLE": sys.executable,
+        "CMAKE_CXX_COMPILER": COMPILER,
+    }
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    configure = [cmake, "-S", ROOT, "-B", folder / "build", *(f"-D{name}={value}" for name, value in settings.items())]
+    build = [cmake, "--build", folder / "build", "--target", "install", "--parallel", str(os.cpu_count())]
+    for command in (configure, build):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return package
+
+
+def test_every_sample_is_clean(package: Path) -> None:
+    result = sanitized("-c", EVERY_SAMPLE, package, PYTHONPATH=str(package.parent))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("done\n")
+    assert "runtime error" not in result.stderr and "AddressSanitizer" not in result.stderr, result.stderr
