@@ -12,6 +12,7 @@ import torch
 import vlkern
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import BACKENDS, REGISTRY, Op
+from vlkern.testing import Run, assert_as_good, assert_same_direction, differentiate, in_float64, stack
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +68,32 @@ def skip_unsupported(op: Op, backend: str, args: Any, kwargs: Any) -> None:
         tensors = [t for t in op.bind(*args, **kwargs) if isinstance(t, torch.Tensor)]
         if why := op.limits(backend, *tensors):
             pytest.skip(f"{op.name} on {backend}: {why}")
+
+
+def call(op: Op, backend: str, args: Any, kwargs: Any, **options: Any) -> Run:
+    """The public function on one backend, with all gradients."""
+    with vlkern.backend(f"{op.name}={backend}"):
+        return differentiate(public(op), args, kwargs, **options)
+
+
+def agree(op: Op, backend: str, calls: list[Any]) -> None:
+    """Results and gradients of a kernel are as good as the reference's, over calls with different data."""
+    runs, magnitudes = [], []
+    for args, kwargs in calls:
+        ours, low = call(op, backend, args, kwargs), call(op, "reference", args, kwargs)
+        exact = call(op, "reference", *in_float64((args, kwargs)), cotangents=ours.cotangents)
+        runs.append((ours, low, exact))
+        if hasattr(samples(op), "magnitudes"):
+            magnitudes.append(samples(op).magnitudes(*ours.cotangents, *args, **kwargs))
+    ours, low, exact = (stack(list(several)) for several in zip(*runs, strict=True))
+    for results in zip(ours.outputs, low.outputs, exact.outputs, strict=True):
+        assert_as_good(*results)
+    summed = [None if m[0] is None else torch.stack(m) for m in zip(*magnitudes, strict=True)]
+    for i, gradients in enumerate(zip(ours.gradients, low.gradients, exact.gradients, strict=True)):
+        assert len({g is None for g in gradients}) == 1, "one backend has a gradient that another lacks"
+        if gradients[0] is not None:
+            assert_as_good(*gradients, magnitude=summed[i] if summed else None)
+            assert_same_direction(*gradients)
 
 
 def each(*, dtype: bool = False, sample: bool = False, reference: bool = False) -> Any:

@@ -4,28 +4,20 @@ import inspect
 
 import pytest
 import torch
-from rooms import ROOT, device, each, public, samples, seeds, skip_unsupported, small
+from rooms import ROOT, agree, call, device, each, public, samples, seeds, skip_unsupported, small
 from torch.utils._pytree import tree_flatten, tree_map
 
 import vlkern
 from vlkern._op import REGISTRY
 from vlkern.testing import (
     assert_as_good,
-    assert_same_direction,
-    differentiate,
     in_float64,
     is_float,
     poison,
     record,
-    stack,
 )
 
 every_room = pytest.mark.parametrize("op", REGISTRY.values(), ids=list(REGISTRY))
-
-
-def call(op, backend, args, kwargs, **options):
-    with vlkern.backend(f"{op.name}={backend}"):
-        return differentiate(public(op), args, kwargs, **options)
 
 
 def same_bits(one, other):
@@ -52,21 +44,7 @@ def test_kernel_is_there_and_runs(op, backend):
 @each(dtype=True, sample=True)
 def test_forward_and_backward_agree_with_the_reference(op, backend, dtype, sample):
     skip_unsupported(op, backend, *samples(op).inputs(sample, dtype, device(backend)))
-    runs = []
-    for seed in seeds(op, sample):
-        args, kwargs = samples(op).inputs(sample, dtype, device(backend), seed)
-        ours = call(op, backend, args, kwargs)
-        low = call(op, "reference", args, kwargs)
-        exact = call(op, "reference", *in_float64((args, kwargs)), cotangents=ours.cotangents)
-        runs.append((ours, low, exact))
-    ours, low, exact = (stack(list(several)) for several in zip(*runs, strict=True))
-    for results in zip(ours.outputs, low.outputs, exact.outputs, strict=True):
-        assert_as_good(*results)
-    for gradients in zip(ours.gradients, low.gradients, exact.gradients, strict=True):
-        assert len({g is None for g in gradients}) == 1
-        if gradients[0] is not None:
-            assert_as_good(*gradients)
-            assert_same_direction(*gradients)
+    agree(op, backend, [samples(op).inputs(sample, dtype, device(backend), seed) for seed in seeds(op, sample)])
 
 
 @each(dtype=True, sample=True)

@@ -55,3 +55,28 @@ def inputs(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> tu
 def work(image: torch.Tensor, text: torch.Tensor, *rest: torch.Tensor) -> dict[str, int]:
     """Forward and backward: three matmuls of 2 B^2 D FLOPs; image and text are read, their gradients written."""
     return {"flops": 6 * image.shape[0] * text.shape[0] * image.shape[1], "bytes": 4 * image.nbytes}
+
+
+def magnitudes(
+    grad: torch.Tensor,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    valid: Any = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """For each gradient whose terms cancel, the sum of |terms|, to which its rounding errors are proportional.
+
+    Those of scale and bias are sum g <x, y> and sum g, where g > 0 for negative pairs and g < 0 for positive ones.
+    """
+    rows, columns = valid if isinstance(valid, tuple) else (valid, valid)
+    x, y = image.double(), text.double()
+    count = len(x)
+    if rows is not None:
+        x, y, count = x * rows[:, None], y * columns[:, None], max(int(rows.sum()), 1)
+    dots = x @ y.T
+    z = 2 * torch.eye(len(x), device=x.device, dtype=x.dtype) - 1
+    g = grad.abs() / count * torch.sigmoid(-z * (scale.double() * dots + bias.double()))
+    if rows is not None:
+        g = g * rows[:, None] * columns
+    return None, None, (g * dots.abs()).sum(), g.sum()

@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
-def assert_as_good(ours: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, slack: float = 2.0) -> None:
+def assert_as_good(
+    ours: torch.Tensor,
+    low: torch.Tensor,
+    exact: torch.Tensor,
+    slack: float = 2.0,
+    magnitude: torch.Tensor | None = None,
+) -> None:
     """The largest error of `ours` is at most `slack` times (that of the reference in the same dtype + one rounding).
 
     Args:
@@ -22,6 +28,7 @@ def assert_as_good(ours: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, s
         low: the reference's result from the same inputs in the same dtype; same shape and dtype as `ours`.
         exact: the reference's result in float64, from the same (rounded) inputs.
         slack: how many times the reference's error is allowed.
+        magnitude: of what is rounded, by default of the exact values. For a sum whose terms cancel: the sum of |terms|.
 
     Raises:
         AssertionError: the error is larger, a value is NaN or infinite, or shape or dtype differ from `low`'s.
@@ -34,7 +41,7 @@ def assert_as_good(ours: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, s
     assert bad == 0, f"{bad} of {ours.numel()} values are NaN or infinite"
     wide = exact.double()
     error, unavoidable = (ours.double() - wide).abs().max(), (low.double() - wide).abs().max()
-    rounding = torch.finfo(ours.dtype).eps * wide.abs().max()
+    rounding = torch.finfo(ours.dtype).eps * (wide if magnitude is None else magnitude).abs().max()
     assert error <= slack * (unavoidable + rounding), (
         f"error {error:.3e} exceeds {slack} * (reference in {ours.dtype} {unavoidable:.3e} + rounding {rounding:.3e})"
     )
@@ -134,8 +141,8 @@ class Run:
 def stack(runs: list[Run]) -> Run:
     """Several runs with different data as one, along a new first dimension.
 
-    `assert_as_good` compares two largest errors. Those of a single number, the gradient of a scalar for instance, are one
-    random draw each, and a lucky reference would condemn a good kernel.
+    `assert_as_good` compares two largest errors. Those of a single number, the gradient of a scalar for instance, are
+    one random draw each, and a lucky reference would condemn a good kernel.
     """
     transposed = zip(*(run.gradients for run in runs), strict=True)
     return Run(

@@ -5,13 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rooms import KERNELS, device, dtypes
 
 import vlkern
 from vlkern.ops import rms_norm
-from vlkern.testing import assert_as_good, differentiate, in_float64
+from vlkern.testing import differentiate
 
 BACKENDS = ("reference", *KERNELS)
 every_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -19,32 +17,6 @@ every_backend = pytest.mark.parametrize("name", BACKENDS)
 
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def agree(name, args, kwargs):
-    """Forward and backward as good as the reference."""
-    with vlkern.backend(f"rms_norm={name}"):
-        ours = differentiate(rms_norm, args, kwargs)
-    with vlkern.backend("rms_norm=reference"):
-        low = differentiate(rms_norm, args, kwargs)
-        exact = differentiate(rms_norm, *in_float64((args, kwargs)), cotangents=ours.cotangents)
-    for results in zip(*(run.outputs + run.gradients for run in (ours, low, exact)), strict=True):
-        assert_as_good(*results)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_random_shapes(name, data):
-    rows, n = data.draw(st.integers(0, 40)), data.draw(st.integers(2, 300))
-    dtype = data.draw(st.sampled_from(dtypes(name)))
-    scale = 10.0 ** data.draw(st.integers(-3, 3))
-    x = normal(rows, 2, n, seed=rows).mul(scale).to(device(name), dtype)
-    if data.draw(st.booleans()):
-        x = x.transpose(0, 1)
-    weight = normal(n, seed=n).to(device(name), data.draw(st.sampled_from([torch.float32, dtype])))
-    eps = 10.0 ** data.draw(st.integers(-8, -2))
-    agree(name, (x, weight), {"eps": eps, "offset": data.draw(st.sampled_from([0.0, 1.0, -0.5]))})
 
 
 @every_backend

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rooms import KERNELS, device, dtypes
+from rooms import KERNELS, agree, device, dtypes
 
 import vlkern
+from vlkern._op import REGISTRY
 from vlkern.ops import sigmoid_contrastive_loss
-from vlkern.testing import assert_as_good, assert_same_direction, differentiate, in_float64, stack
+from vlkern.testing import differentiate, in_float64
 
+OP = REGISTRY["sigmoid_loss"]
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("siglip_loss_*.npz"))
 every_backend = pytest.mark.parametrize("name", ("reference", *KERNELS))
 every_kernel = pytest.mark.parametrize("name", KERNELS)
@@ -34,37 +34,6 @@ def scalars(*values, where="cpu"):
 def run(name, *args, **kwargs):
     with vlkern.backend(f"sigmoid_loss={name}"):
         return differentiate(sigmoid_contrastive_loss, args, kwargs, cotangents=[torch.ones(())])
-
-
-def agree(name, calls):
-    """Forward and backward as good as the reference, over several calls of the same shapes."""
-    ours = stack([run(name, *args, **kwargs) for args, kwargs in calls])
-    low = stack([run("reference", *args, **kwargs) for args, kwargs in calls])
-    wide = in_float64(calls)
-    exact = stack([run("reference", *args, **kwargs) for args, kwargs in wide])
-    for results in zip(*(r.outputs + r.gradients for r in (ours, low, exact)), strict=True):
-        assert_as_good(*results)
-        assert_same_direction(*results)
-
-
-@every_kernel
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_random_shapes(name, data):
-    where = device(name)
-    b, d = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 100))
-    dtype = data.draw(st.sampled_from(dtypes(name)))
-    noise, strided = data.draw(st.sampled_from([0.1, 1.0, 10.0])), data.draw(st.booleans())
-    scale, bias = data.draw(st.floats(0.125, 64, width=16)), data.draw(st.floats(-16, 16, width=16))
-    share, calls = data.draw(st.none() | st.floats(0, 1)), []
-    for seed in range(16):
-        image, text = pairs(b, d, dtype, seed=seed, noise=noise, where=where)
-        if strided:
-            image = image.t().contiguous().t()
-        valid = torch.rand(b, generator=torch.Generator().manual_seed(seed)) < (share or 0)
-        kwargs = {} if share is None else {"valid": valid.to(where)}
-        calls.append(((image, text, *scalars(scale, bias, where=where)), kwargs))
-    agree(name, calls)
 
 
 @every_backend
@@ -212,7 +181,7 @@ def test_extreme_temperatures_agree(name, scale, bias):
     for dtype in dtypes(name):
         if dtype != torch.float16 or abs(scale) < 1e4:
             scalar = scalars(scale, bias, where=device(name))
-            agree(name, [((*pairs(61, 40, dtype, seed, where=device(name)), *scalar), {}) for seed in range(16)])
+            agree(OP, name, [((*pairs(61, 40, dtype, seed, where=device(name)), *scalar), {}) for seed in range(16)])
 
 
 @every_backend

@@ -1,0 +1,60 @@
+"""Random shapes, strides, dtypes and scales: every kernel stays as good as the reference."""
+
+import pytest
+import torch
+from rooms import KERNELS, agree, device, dtypes
+
+from vlkern._op import REGISTRY
+from vlkern.kernels.rms_norm import samples as rms_norm
+from vlkern.kernels.sigmoid_loss import samples as sigmoid_loss
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+st = hypothesis.strategies
+
+every_kernel = pytest.mark.parametrize("name", KERNELS)
+#: The same examples every time; a single number's error needs many draws to be comparable.
+fuzz = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+SEEDS = range(16)
+
+
+@every_kernel
+@fuzz
+@hypothesis.given(data=st.data())
+def test_rms_norm(name, data):
+    sample = rms_norm.Sample(
+        "random",
+        lead=(data.draw(st.integers(0, 70)),),
+        n=data.draw(st.integers(2, 300)),
+        offset=data.draw(st.sampled_from([0.0, 1.0, -0.5])),
+        contiguous=data.draw(st.booleans()),
+    )
+    dtype, scale = data.draw(st.sampled_from(dtypes(name))), 10.0 ** data.draw(st.integers(-3, 3))
+    eps, wide_weight = 10.0 ** data.draw(st.integers(-8, -2)), data.draw(st.booleans())
+    calls = []
+    for seed in SEEDS:
+        (x, weight), kwargs = rms_norm.inputs(sample, dtype, device(name), seed)
+        calls.append(((x * scale, weight.float() if wide_weight else weight), {**kwargs, "eps": eps}))
+    agree(REGISTRY["rms_norm"], name, calls)
+
+
+@every_kernel
+@fuzz
+@hypothesis.given(data=st.data())
+def test_sigmoid_loss(name, data):
+    sample = sigmoid_loss.Sample(
+        "random",
+        b=data.draw(st.integers(1, 150)),
+        d=data.draw(st.integers(1, 100)),
+        scale=data.draw(st.floats(0.125, 64, width=16)),
+        bias=data.draw(st.floats(-16, 16, width=16)),
+        contiguous=data.draw(st.booleans()),
+    )
+    dtype, share = data.draw(st.sampled_from(dtypes(name))), data.draw(st.none() | st.floats(0, 1))
+    calls = []
+    for seed in SEEDS:
+        args, kwargs = sigmoid_loss.inputs(sample, dtype, device(name), seed)
+        if share is not None:
+            masks = torch.rand(2, sample.b, generator=torch.Generator().manual_seed(seed)) < share
+            kwargs = {"valid": tuple(masks.to(device(name)))}
+        calls.append((args, kwargs))
+    agree(REGISTRY["sigmoid_loss"], name, calls)
