@@ -1,6 +1,7 @@
 """vlkern.interop.open_clip.SigLipLoss in the place of open_clip's."""
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from open_clip_cases import DIST_IMPLS, compare, original
 from ranks import launch
+from rooms import ROOT
 
 from vlkern.interop.open_clip import SigLipLoss
 from vlkern.kernels.sigmoid_loss.samples import Sample, inputs
@@ -98,3 +100,10 @@ def test_bad_constructor_arguments(arguments, error, message):
 def test_several_ranks_need_torch_distributed():
     with pytest.raises(ValueError, match=r"world_size must be 1 without an initialised torch\.distributed, got 2"):
         SigLipLoss(world_size=2)(*PAIRS)
+
+
+def test_example_of_the_documentation_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/interop.md").read_text(), re.DOTALL).group(1)
+    exec(compile(code, "docs/interop.md", "exec"), {})
+    loss, gradient = map(float, capsys.readouterr().out.split())
+    assert loss > 0 and gradient != 0
