@@ -1,0 +1,97 @@
+"""Compiles every CUDA kernel for every supported chip without a GPU and tabulates what each one costs.
+
+python tests/cuda/resources.py            print the table
+python tests/cuda/resources.py --update   write it to bench/results/aot/cuda.json
+"""
+
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "bench" / "results" / "aot" / "cuda.json"
+ARCHS = ("80", "90a", "100a")
+# As in CMakeLists.txt, without the host's half of the work.
+FLAGS = [
+    *["-fatbin", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings", "-Xptxas", "-v"],
+    *["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
+    *["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")],
+    *[f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS],
+]
+REPORT = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """What one kernel takes on one chip; spills are bytes stored and loaded, `registers` is per thread."""
+
+    kernel: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def readable(symbols: list[str]) -> list[str]:
+    """`forward_cached<BFloat16, 4>` from a mangled name, without namespaces and arguments."""
+    out = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    names = [re.sub(r"[\w:]*::|^void ", "", line.split("(anonymous namespace)::", 1)[1]) for line in out.splitlines()]
+    return [name.split("(", 1)[0] for name in names]
+
+
+def compile_room(source: Path) -> list[Row]:
+    """Compiles one cuda.cu; raises RuntimeError with the compiler's words when that fails."""
+    with TemporaryDirectory() as folder:
+        command = ["nvcc", *FLAGS, "-o", f"{folder}/kernels.fatbin", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed on {source.relative_to(ROOT)}:\n{done.stdout}{done.stderr}")
+    found = list(REPORT.finditer(done.stdout + done.stderr))
+    rows = []
+    for match, name in zip(found, readable([m["symbol"] for m in found]), strict=True):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        rows.append(
+            Row(
+                kernel=f"{source.parent.name}/{name}",
+                arch=match["arch"],
+                registers=int(match["registers"]),
+                spill_bytes=int(match["stores"]) + int(match["loads"]),
+                stack_bytes=int(match["stack"]),
+                shared_bytes=int(shared[1]) if shared else 0,
+            )
+        )
+    return rows
+
+
+def compile_all() -> list[Row]:
+    """Every kernel of every room on every chip, sorted."""
+    with ThreadPoolExecutor() as pool:
+        rooms = list(pool.map(compile_room, sorted(ROOT.glob("kernels/*/cuda.cu"))))
+    return sorted(row for room in rooms for row in room)
+
+
+def committed() -> list[Row]:
+    """The table in the repository."""
+    return [Row(**row) for row in json.loads(TABLE.read_text())]
+
+
+if __name__ == "__main__":
+    rows = compile_all()
+    for row in rows:
+        print(f"{row.kernel:48}{row.arch:8}", *(f"{value:6}" for value in list(asdict(row).values())[2:]))
+    if "--update" in sys.argv[1:]:
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text("[\n" + ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows) + "\n]\n")

@@ -1,0 +1,46 @@
+"""No kernel spills registers or uses a stack that it did not use before, on any chip."""
+
+import shutil
+
+import pytest
+from resources import TABLE, Row, committed, compile_all
+from rooms import ROOT
+
+REFRESH = f"if that is meant: python tests/cuda/resources.py --update (writes {TABLE.relative_to(ROOT)})"
+
+
+def complaints(fresh: list[Row], known: list[Row]) -> list[str]:
+    before = {(row.kernel, row.arch): row for row in known}
+    now = {(row.kernel, row.arch) for row in fresh}
+    found = [f"{kernel} for {arch} is in the table but was not compiled" for kernel, arch in before.keys() - now]
+    for row in fresh:
+        old = before.get((row.kernel, row.arch))
+        if old is None:
+            found.append(f"{row.kernel} for {row.arch} is not in the table")
+            continue
+        for what in ("spill_bytes", "stack_bytes"):
+            if getattr(row, what) > getattr(old, what):
+                found.append(f"{row.kernel} for {row.arch}: {what} {getattr(row, what)}, was {getattr(old, what)}")
+    return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed: the CUDA kernels cannot be compiled")
+def test_no_kernel_spills_that_did_not_before():
+    found = complaints(compile_all(), committed())
+    assert not found, "\n".join([*found, REFRESH])
+
+
+def test_the_table_covers_every_room_and_chip():
+    rooms = {path.parent.name for path in ROOT.glob("kernels/*/cuda.cu")}
+    assert {row.kernel.split("/")[0] for row in committed()} == rooms
+    assert {row.arch for row in committed()} == {"sm_80", "sm_90a", "sm_100a"}
+
+
+def test_complaints_are_made():
+    row = Row("room/kernel", "sm_90a", 32, 0, 0, 0)
+    assert complaints([row], [row]) == []
+    assert "not in the table" in complaints([row], [])[0]
+    assert "was not compiled" in complaints([], [row])[0]
+    assert "spill_bytes 8, was 0" in complaints([Row("room/kernel", "sm_90a", 32, 8, 0, 0)], [row])[0]
+    assert "stack_bytes 16, was 0" in complaints([Row("room/kernel", "sm_90a", 32, 0, 16, 0)], [row])[0]
