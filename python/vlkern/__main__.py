@@ -1,0 +1,7 @@
+"""`python -m vlkern`."""
+
+import sys
+
+from vlkern.cli import main
+
+sys.exit(main())

@@ -1,0 +1,91 @@
+"""The command line. A command is a module with add_arguments(parser) and run(args) -> exit status, imported when used."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+#: command -> (module, what it does)
+COMMANDS = {
+    "info": ("vlkern.info", "what was built, what this machine offers, and which backends each op has here"),
+    "demo": ("vlkern.demo.cli", "train a small SigLIP on real pictures and search them"),
+    "bench": ("vlkern.bench.cli", "compare every op with its rivals"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error as one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(message)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"vlkern: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _version() -> str:
+    import torch
+
+    import vlkern
+
+    return f"vlkern {vlkern.__version__} (torch {torch.__version__})"
+
+
+def _top() -> argparse.ArgumentParser:
+    lines = [f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()]
+    parser = _Parser(
+        prog="vlkern",
+        usage="vlkern [--help] [--version] COMMAND [OPTIONS]",
+        description="Compiled kernels for vision-language models in PyTorch.",
+        epilog="\n".join(["commands:", *lines, "", "`vlkern COMMAND --help` lists the options of a command."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    top = _top()
+    args = top.parse_args(argv)
+    if args.command is None:
+        top.print_help()
+        return 0
+    if args.command not in COMMANDS:
+        close = difflib.get_close_matches(args.command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        _fail(f"unknown command {args.command!r} ({hint})")
+    name, text = COMMANDS[args.command]
+    try:
+        module = import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name and missing.name.partition(".")[0] != "vlkern":
+            _fail(f"`vlkern {args.command}` needs {missing.name}: pip install 'vlkern[{args.command}]'")
+        raise
+    parser = _Parser(prog=f"vlkern {args.command}", description=f"{text[0].upper()}{text[1:]}.")
+    module.add_arguments(parser)
+    status: int = module.run(parser.parse_args(args.rest))
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit status; an error of the user's is one line on stderr and exit status 2."""
+    from vlkern.errors import UserError
+
+    try:
+        return _run(argv)
+    except UserError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        # The reader has gone (`vlkern info | head`); the interpreter's flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("vlkern: interrupted", file=sys.stderr)
+        return 130

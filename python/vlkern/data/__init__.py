@@ -1,0 +1,35 @@
+"""Image-text pairs: WebDataset shards, pictures, tokens, and the small set that comes with the package."""
+
+from pathlib import Path
+
+from vlkern.data.images import decode_image, to_unit
+from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
+from vlkern.data.text import ByteTokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "DataError",
+    "Pair",
+    "Pairs",
+    "clipart_mini",
+    "decode_image",
+    "load_pairs",
+    "read_pairs",
+    "to_unit",
+]
+
+
+def clipart_mini() -> Path:
+    """The folder with train.tar (2000 pictures) and test.tar (400): public-domain drawings with English captions.
+
+    In a wheel it lies inside the package, in a checkout in data/clipart-mini.
+
+    Raises:
+        DataError: neither is there.
+    """
+    package = Path(__file__).parents[1]
+    places = [package / "clipart_mini", package.parents[1] / "data" / "clipart-mini"]
+    for place in places:
+        if (place / "train.tar").is_file():
+            return place
+    raise DataError(f"clipart-mini must lie in {places[0]} or {places[1]}, and is in neither")

@@ -1,0 +1,1 @@
+"""How each system is trained: its optimiser, its schedule and its step."""
