@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 
 Function = Callable[..., torch.Tensor]
@@ -68,6 +69,8 @@ def sigmoid_loss_formula(
 
 
 def _compiled(function: Function) -> Function:
+    # A pool of compiler processes would outlive the compilation and compete with the measurements.
+    torch._inductor.config.compile_threads = 1
     compiled: Function = torch.compile(function, fullgraph=True, dynamic=False)
     return compiled
 

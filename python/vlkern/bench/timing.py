@@ -4,7 +4,7 @@ import ctypes
 import gc
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ class Clock:
 
 
 def race(
-    calls: dict[str, Callable[[], object]], clock: Clock, rounds: int, *, fixed: bool = False
+    calls: Mapping[str, Callable[[], object]], clock: Clock, rounds: int, *, fixed: bool = False
 ) -> dict[str, list[float]]:
     """name -> milliseconds of each round. Fast contestants get more rounds (at most 31, 3 s) unless `fixed`."""
     times: dict[str, list[float]] = {name: [] for name in calls}
