@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sample:
-    """B pairs of width d; `valid` leaves every third slot empty."""
+    """B pairs of width d; `valid` leaves every third slot empty; `huge` is measured on request only."""
 
     name: str
     b: int
@@ -18,6 +18,7 @@ class Sample:
     valid: bool = False
     contiguous: bool = True
     bench: bool = False
+    huge: bool = False
 
 
 SAMPLES = [
@@ -31,6 +32,7 @@ SAMPLES = [
     Sample("several_chunks", 1031, 96),
     Sample("siglip_so400m_4k", 4096, 1152, bench=True),
     Sample("siglip_b16_8k", 8192, 768, bench=True),
+    Sample("siglip_b16_64k", 65536, 768, bench=True, huge=True),
 ]
 
 

@@ -39,7 +39,7 @@ def _warm_up(case: Case, contestant: Contestant, inputs: Inputs, function: Funct
     A compiled contestant has to run at full size, because compiling takes memory, too.
     """
     if not contestant.compiled:
-        small = [s for s in samples_of(case.op).SAMPLES if not s.bench and not getattr(s, "huge", False)][-1]
+        small = [s for s in samples_of(case.op).SAMPLES if not s.bench][-1]
         inputs = Case(case.op, small, case.dtype, case.device).inputs()
     for mode in MODES:
         inputs.run(function, mode)

@@ -67,8 +67,12 @@ def settings(
 
 
 def cases(op: str, s: Settings) -> list[Case]:
-    """The samples named, else those marked for benchmarks (with `quick` the first of them), in every dtype."""
-    picked = [x for x in samples_of(op).SAMPLES if (x.name in s.samples if s.samples else x.bench)]
+    """The samples named, else those marked for benchmarks (with `quick` the first of them), in every dtype.
+
+    A huge one has to be named.
+    """
+    default = [x.name for x in samples_of(op).SAMPLES if x.bench and not getattr(x, "huge", False)]
+    picked = [x for x in samples_of(op).SAMPLES if x.name in (s.samples or default)]
     if s.quick and not s.samples:
         picked = picked[:1]
     return [Case(op, x, DTYPES[d], s.device) for x in picked for d in s.dtypes]
