@@ -26,7 +26,7 @@ class Blas {
  public:
   // The current device and stream decide which handle it is.
   Blas() {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle_));
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle_));
     static const auto found = reinterpret_cast<Gemm>(dlsym(RTLD_DEFAULT, "cublasGemmEx"));
     VLKERN_CHECK(found, "cublasGemmEx is not in this process: PyTorch was built without a shared cuBLAS");
     gemm_ = found;

@@ -21,7 +21,7 @@ class Stream {
  public:
   explicit Stream(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
