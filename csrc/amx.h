@@ -3,7 +3,8 @@
 // Matrices are packed into 1 KiB tiles, the order in which a kernel reads them:
 //   A  tile(i, k): 16 rows of 32 consecutive bf16
 //   B  tile(j, k): 16 rows p of 16 pairs (B[2p][j], B[2p + 1][j])       ("VNNI" order)
-// Both are [panels][K / 32][tile], so a panel of 16 rows (or columns) streams through memory once per product.
+// Both are [panels][K / 32][tile], so a panel of 16 rows (or columns) streams through memory once per
+// product.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -18,7 +19,8 @@
 
 #include "simd.h"
 
-#define VLKERN_AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#define VLKERN_AMX_TARGET \
+  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 
 namespace vlkern::amx {
 
@@ -74,7 +76,8 @@ VLKERN_AMX_TARGET inline void store_block(float* c, int64_t stride) {
   _tile_stored(3, c + 16 * stride + 16, stride * 4);
 }
 
-// C += A B over `k_tiles` tiles; a and b point at the first of two neighbouring panels, `a_panel` and `b_panel` apart.
+// C += A B over `k_tiles` tiles; a and b point at the first of two neighbouring panels, `a_panel` and
+// `b_panel` apart.
 VLKERN_AMX_TARGET inline void multiply_block(const bf16* a, int64_t a_panel, const bf16* b, int64_t b_panel,
                                              int64_t k_tiles) {
   for (int64_t k = 0; k < k_tiles; ++k, a += kTile, b += kTile) {
@@ -141,27 +144,32 @@ struct Source {
 };
 
 // The four packings. `out` is one tile; (i, j) is the tile's first row and column in the source.
-VLKERN_AMX_TARGET inline void pack_a(const Source& s, int64_t i, int64_t j, bf16* out) {  // 16 rows x 32 columns
+VLKERN_AMX_TARGET inline void pack_a(const Source& s, int64_t i, int64_t j,
+                                     bf16* out) {  // 16 rows x 32 columns
   for (int p = 0; p < 16; ++p) _mm512_storeu_si512(out + 32 * p, s.row(i + p, j));
 }
-VLKERN_AMX_TARGET inline void pack_b(const Source& s, int64_t i, int64_t j, bf16* out) {  // 32 rows x 16 columns
+VLKERN_AMX_TARGET inline void pack_b(const Source& s, int64_t i, int64_t j,
+                                     bf16* out) {  // 32 rows x 16 columns
   for (int p = 0; p < 16; ++p)
     _mm512_storeu_si512(out + 32 * p, interleave(s.half_row(i + 2 * p, j), s.half_row(i + 2 * p + 1, j)));
 }
-VLKERN_AMX_TARGET inline void pack_a_transposed(const Source& s, int64_t i, int64_t j, bf16* out) {  // 32 rows x 16 columns
+VLKERN_AMX_TARGET inline void pack_a_transposed(const Source& s, int64_t i, int64_t j,
+                                                bf16* out) {  // 32 rows x 16 columns
   __m512i r[16];
   for (int p = 0; p < 16; ++p) r[p] = interleave(s.half_row(i + 2 * p, j), s.half_row(i + 2 * p + 1, j));
   transpose(r);
   for (int p = 0; p < 16; ++p) _mm512_storeu_si512(out + 32 * p, r[p]);
 }
-VLKERN_AMX_TARGET inline void pack_b_transposed(const Source& s, int64_t i, int64_t j, bf16* out) {  // 16 rows x 32 columns
+VLKERN_AMX_TARGET inline void pack_b_transposed(const Source& s, int64_t i, int64_t j,
+                                                bf16* out) {  // 16 rows x 32 columns
   __m512i r[16];
   for (int p = 0; p < 16; ++p) r[p] = s.row(i + p, j);
   transpose(r);
   for (int p = 0; p < 16; ++p) _mm512_storeu_si512(out + 32 * p, r[p]);
 }
 
-// A 32 x 32 fp32 block (row stride 32) rounded to bf16: as two A tiles [16 x 32], and as two B tiles [32 x 16].
+// A 32 x 32 fp32 block (row stride 32) rounded to bf16: as two A tiles [16 x 32], and as two B tiles [32 x
+// 16].
 VLKERN_AMX_TARGET inline void round_block(const float* c, bf16* a0, bf16* a1, bf16* b0, bf16* b1) {
   for (int i = 0; i < 32; i += 2) {
     bf16* a = (i < 16 ? a0 : a1) + 32 * (i % 16);

@@ -1,7 +1,7 @@
 // Portable vectorised arithmetic: plain loops that the compiler turns into AVX-512, AVX2 or NEON.
 //
-// A hot loop is one function marked VLKERN_SIMD: it is compiled for each instruction set and the best version is picked
-// when the library loads. Everything it calls must be VLKERN_INLINE, so that it is compiled along.
+// A hot loop is one function marked VLKERN_SIMD: it is compiled for each instruction set and the best version
+// is picked when the library loads. Everything it calls must be VLKERN_INLINE, so that it is compiled along.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -23,13 +23,18 @@ using bf16 = torch::headeronly::BFloat16;
 using fp16 = torch::headeronly::Half;
 
 // Conversions without branches or lookup, so that loops over them vectorise. Rounding is to nearest even.
-VLKERN_INLINE float to_float(float v) { return v; }
+VLKERN_INLINE float to_float(float v) {
+  return v;
+}
 
-VLKERN_INLINE float to_float(bf16 v) { return std::bit_cast<float>(uint32_t(v.x) << 16); }
+VLKERN_INLINE float to_float(bf16 v) {
+  return std::bit_cast<float>(uint32_t(v.x) << 16);
+}
 
 VLKERN_INLINE float to_float(fp16 v) {
   uint32_t magnitude = uint32_t(v.x & 0x7fff) << 13;
-  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals; inf and NaN need exponent 255.
+  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals; inf and NaN need
+  // exponent 255.
   float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
   uint32_t bits = std::bit_cast<uint32_t>(scaled) | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u);
   return std::bit_cast<float>(bits | uint32_t(v.x & 0x8000) << 16);
@@ -54,7 +59,8 @@ VLKERN_INLINE bf16 from_float<bf16>(float v) {
 template <>
 VLKERN_INLINE fp16 from_float<fp16>(float v) {
   uint32_t bits = std::bit_cast<uint32_t>(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  // Normal range: round the 13 dropped bits, then rebias. Below 2^-14: adding 0.5 lets the FPU align and round.
+  // Normal range: round the 13 dropped bits, then rebias. Below 2^-14: adding 0.5 lets the FPU align and
+  // round.
   uint32_t normal = (magnitude + 0x0fffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
   uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
@@ -63,12 +69,14 @@ VLKERN_INLINE fp16 from_float<fp16>(float v) {
   return fp16(uint16_t(result | sign), fp16::from_bits());
 }
 
-// exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial for e^r, and 2^n
-// by exponent bits. Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not subnormal.
+// exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial for
+// e^r, and 2^n by exponent bits. Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not
+// subnormal.
 VLKERN_INLINE float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;  // this way round NaN stays NaN
-  float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer: 1.5 * 2^23 shifts the fraction out
-  float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;    // ln2 in two parts
+  float n = (x * 1.44269504f + 12582912.0f) -
+            12582912.0f;  // to the nearest integer: 1.5 * 2^23 shifts the fraction out
+  float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln2 in two parts
   float p = 0.00829764767f;
   p = p * r + 0.0419154314f;
   p = p * r + 0.166675751f;
@@ -92,7 +100,8 @@ VLKERN_INLINE float log1p_unit(float x) {
   return p * x;
 }
 
-// 1 / x for 1 <= x <= 2, relative error 3e-9 before rounding: a line, then three Newton steps. A third of a division's cost.
+// 1 / x for 1 <= x <= 2, relative error 3e-9 before rounding: a line, then three Newton steps. A third of a
+// division's cost.
 VLKERN_INLINE float reciprocal_unit(float x) {
   float r = 1.457107f - 0.5f * x;
   r = r * (2.0f - x * r);

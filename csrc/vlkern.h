@@ -37,14 +37,22 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
 template <class F>
 void dispatch(ScalarType dtype, F&& f) {
   switch (dtype) {
-    case ScalarType::Float: return f.template operator()<float>();
-    case ScalarType::BFloat16: return f.template operator()<torch::headeronly::BFloat16>();
-    case ScalarType::Half: return f.template operator()<torch::headeronly::Half>();
-    default: VLKERN_CHECK(false, "expected float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::BFloat16:
+      return f.template operator()<torch::headeronly::BFloat16>();
+    case ScalarType::Half:
+      return f.template operator()<torch::headeronly::Half>();
+    default:
+      VLKERN_CHECK(false, "expected float32, bfloat16 or float16");
   }
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 }  // namespace vlkern

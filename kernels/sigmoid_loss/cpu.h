@@ -7,7 +7,8 @@
 
 namespace vlkern::sigmoid_loss {
 
-// u = -z s:  softplus(u) = max(u, 0) + log(1 + e),  sigmoid(u) = {u >= 0: 1, else e} / (1 + e),  e = exp(-|u|) <= 1.
+// u = -z s:  softplus(u) = max(u, 0) + log(1 + e),  sigmoid(u) = {u >= 0: 1, else e} / (1 + e),  e =
+// exp(-|u|) <= 1.
 VLKERN_INLINE void softplus_and_sigmoid(float u, float& softplus, float& sigmoid) {
   float e = exp_nonpositive(u < 0 ? u : -u);
   softplus = (u < 0 ? 0.0f : u) + log1p_unit(e);
@@ -32,15 +33,17 @@ struct Problem {
   const bool *image_valid, *text_valid;
   bool diagonal, grad;  // are the positives in this block; are gradients wanted
 
-  // Fills sign and keep of the block of pairs (i..i+rows, j..j+columns), row stride `columns`; rows and columns beyond
-  // the problem count nothing. Returns false, and fills nothing, when every pair is an ordinary negative one.
+  // Fills sign and keep of the block of pairs (i..i+rows, j..j+columns), row stride `columns`; rows and
+  // columns beyond the problem count nothing. Returns false, and fills nothing, when every pair is an
+  // ordinary negative one.
   bool labels(int64_t i, int64_t rows, int64_t j, int64_t columns, float* sign, float* keep) const {
     bool has_diagonal = diagonal && i < j + columns && j < i + rows;
     bool has_edge = i + rows > m || j + columns > n;
     if (!has_diagonal && !has_edge && !image_valid && !text_valid) return false;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; ++c) {
-        bool valid = i + r < m && j + c < n && (!image_valid || image_valid[i + r]) && (!text_valid || text_valid[j + c]);
+        bool valid = i + r < m && j + c < n && (!image_valid || image_valid[i + r]) &&
+                     (!text_valid || text_valid[j + c]);
         keep[r * columns + c] = valid;
         sign[r * columns + c] = diagonal && i + r == j + c ? -1.0f : 1.0f;
       }
@@ -48,10 +51,12 @@ struct Problem {
   }
 };
 
-// pairs[0..n): <x, y> in, g = dL/ds = -z sigmoid(-z s) out. All labels are z = -1 unless `sign` (+1 for z = -1, -1 for
-// z = +1) is given; a pair whose `keep` is 0 counts nothing. At most 2^11 pairs, so that float sums stay exact enough.
+// pairs[0..n): <x, y> in, g = dL/ds = -z sigmoid(-z s) out. All labels are z = -1 unless `sign` (+1 for z =
+// -1, -1 for z = +1) is given; a pair whose `keep` is 0 counts nothing. At most 2^11 pairs, so that float
+// sums stay exact enough.
 template <bool kLabels>
-VLKERN_INLINE Sums all_pairs(float* pairs, const float* sign, const float* keep, int64_t n, float scale, float bias) {
+VLKERN_INLINE Sums all_pairs(float* pairs, const float* sign, const float* keep, int64_t n, float scale,
+                             float bias) {
   float loss = 0, d_scale = 0, d_bias = 0;
 #pragma omp simd reduction(+ : loss, d_scale, d_bias)
   for (int64_t k = 0; k < n; ++k) {
