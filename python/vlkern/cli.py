@@ -1,4 +1,4 @@
-"""The command line. A command is a module with add_arguments(parser) and run(args) -> exit status, imported when used."""
+"""The command line. A command is a module with add_arguments(parser) and run(args) -> status, imported when used."""
 
 import argparse
 import difflib

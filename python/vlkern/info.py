@@ -58,24 +58,24 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _built() -> dict[str, str]:
-    """library -> "yes" or why it is missing."""
-    built = {name: why or "yes" for name, why in LIBRARIES.items()}
+    """library -> "yes", or "no: " and the reason."""
+    built = {name: f"no: {why}" if why else "yes" for name, why in LIBRARIES.items()}
     try:
         host()
         built["_host"] = "yes"
     except ImportError as error:
-        built["_host"] = str(error)
+        built["_host"] = f"no: {error}"
     return built
 
 
 def _here(op: Op, backend: str) -> str:
-    """ "yes" when the backend can run on this machine, else why not."""
+    """ "yes" when the backend can run on this machine, else "no: " and the reason."""
     if op.missing[backend]:
-        return str(op.missing[backend])
+        return f"no: {op.missing[backend]}"
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         if backend == "triton" and TRITON_INTERPRETS:
-            return "in the interpreter, when chosen explicitly"
-        return "PyTorch sees no GPU"
+            return "yes: in the interpreter, when chosen explicitly"
+        return "no: PyTorch sees no GPU"
     return "yes"
 
 

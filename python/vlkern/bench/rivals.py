@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 
 Function = Callable[..., torch.Tensor]
@@ -69,6 +68,9 @@ def sigmoid_loss_formula(
 
 
 def _compiled(function: Function) -> Function:
+    # Imported here: it takes as long as all of torch, and the demo and `vlkern bench --help` do without.
+    import torch._inductor.config
+
     # A pool of compiler processes would outlive the compilation and compete with the measurements.
     torch._inductor.config.compile_threads = 1
     compiled: Function = torch.compile(function, fullgraph=True, dynamic=False)

@@ -1,8 +1,9 @@
-"""`vlkern demo`: read, train, measure the loss, search, write the report."""
+"""`vlkern demo`: read, train, search, measure the loss, write the report."""
 
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,91 +22,117 @@ STEPS, MINUTES = 600, 3.0
 QUERIES = ("playing card", "weather symbol", "bird")
 
 
-def _at_least(least: float, kind: type[float] | type[int]) -> object:
-    def parse(value: str) -> float:
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """For argparse: a whole number within these limits."""
+
+    def parse(value: str) -> int:
         try:
-            number = kind(value)
+            number = int(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, got {value!r}") from None
-        if not least <= number < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be at least {least:g} and finite, got {value}")
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {value!r}") from None
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        if number > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, got {value}")
         return number
 
     return parse
 
 
+def _minutes(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {value!r}") from None
+    if not number >= 0.01:
+        raise argparse.ArgumentTypeError(f"must be at least 0.01, got {value}")
+    if number > 1e6:
+        raise argparse.ArgumentTypeError(f"must be at most 1e6, got {value}")
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vlkern demo`."""
-    add = parser.add_argument
-    add("--minutes", type=_at_least(0.01, float), default=MINUTES, metavar="M",
-        help=f"train for at most M minutes (default: {MINUTES:g}); the rest of the demo takes about half a minute")  # fmt: skip
+
+    def add(flag: str, kind: Callable[[str], object], default: object, shown: str, text: str) -> None:
+        parser.add_argument(flag, type=kind, default=default, metavar=shown, help=text)
+
     add(
-        "--steps",
-        type=_at_least(1, int),
-        default=STEPS,
-        metavar="N",
-        help=f"train for at most N steps (default: {STEPS})",
+        "--minutes",
+        _minutes,
+        MINUTES,
+        "M",
+        f"train for at most M minutes (default: {MINUTES:g}); the rest takes half a minute",
     )
-    add(
-        "--seed",
-        type=_at_least(0, int),
-        default=0,
-        metavar="N",
-        help="of parameters, batches and augmentation (default: 0)",
-    )
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder with train.tar and test.tar (default: the set that comes along)",
-    )
-    add("--queries", nargs="+", default=list(QUERIES), metavar="TEXT", help="searches (default: %(default)s)")
-    add("--out", type=Path, default=Path("demo"), metavar="DIR", help="where report.html goes (default: demo)")
+    add("--steps", _whole(1, 10**9), STEPS, "N", f"train for at most N steps (default: {STEPS})")
+    add("--seed", _whole(0, 2**63 - 1), 0, "N", "of parameters, batches and augmentation (default: 0)")
+    add("--data", Path, None, "DIR", "folder with train.tar and test.tar (default: the set that comes along)")
+    add("--out", Path, Path("demo"), "DIR", "where report.html goes (default: demo)")
+    quoted = ", ".join(map(repr, QUERIES))
+    parser.add_argument("--queries", nargs="+", default=QUERIES, metavar="TEXT", help=f"searches (default: {quoted})")
 
 
 def _writable(folder: Path) -> Path:
-    """Known before the training, not after it."""
+    """The page's path; that it cannot be written is said before the training, not after it."""
     page = folder / "report.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with page.open("a"):
-            pass
+        page.open("a").close()
+        if page.stat().st_size == 0:
+            page.unlink()
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write report.html there ({error.strerror})") from error
     return page
 
 
 def _device() -> tuple[str, bool]:
-    """The device, and whether its bfloat16 matmuls are faster than float32."""
+    """Where to train, and whether bfloat16 matmuls are faster than float32 there."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.is_bf16_supported()
     return "cpu", "AMX BF16" in info.cpu_features()
-
-
-def _explain(model: Siglip, batch: int) -> backends.Explanation:
-    """Which backend runs the loss of a training step, and why not the others."""
-    x = torch.zeros(batch, model.config.vision.width, device=model.logit_scale.device)
-    return backends.explain(ops.sigmoid_contrastive_loss, x, x, 10.0, -10.0)
-
-
-def _percent(values: dict[int, float]) -> str:
-    return "  ".join(f"@{k} {100 * v:4.1f} %" for k, v in values.items())
 
 
 def _say(label: str, text: str) -> None:
     print(f"{label:<10}{text}", flush=True)
 
 
+def _load(folder: Path, side: int) -> tuple[data.Pairs, data.Pairs]:
+    learn, held_out = (data.load_pairs([folder / name], side) for name in ("train.tar", "test.tar"))
+    _say("data", f"{len(learn)} pictures to learn from, {len(held_out)} held out ({folder})")
+    for line in learn.skipped + held_out.skipped:
+        _say("", f"left out: {line}")
+    return learn, held_out
+
+
+def _explain(model: Siglip, batch: int) -> backends.Explanation:
+    """Which backend runs the loss of a training step, and why not the others."""
+    x = torch.zeros(batch, model.config.vision.width, device=model.logit_scale.device)
+    explanation = backends.explain(ops.sigmoid_contrastive_loss, x, x, 10.0, -10.0)
+    _say("backend", str(explanation).replace("\n", "\n" + " " * 10))
+    return explanation
+
+
+def _percent(values: dict[int, float]) -> str:
+    return "  ".join(f"@{k} {100 * v:4.1f} %" for k, v in values.items())
+
+
+def _show_retrieval(found: search.Retrieval) -> None:
+    times = found.text_to_image[10] / found.chance(10)
+    _say("recall", f"text to image {_percent(found.text_to_image)}   ({times:.1f}x chance at 10)")
+    _say("", f"image to text {_percent(found.image_to_text)}")
+    chance = {k: found.chance(k) for k in found.text_to_image}
+    _say("", f"chance        {_percent(chance)}   ({found.pictures} held-out pictures, first captions)")
+
+
 def _measure(device: str) -> list[opbench.Point]:
-    points = []
-    for point in opbench.sweep(torch.float32, device):
+    points: list[opbench.Point] = []
+    for point in opbench.sweep(torch.float32, device, opbench.BATCHES):
+        cells = [
+            f"{name} {point.milliseconds[name]:7.1f} ms {point.extra_bytes[name] / 2**20:7.1f} MiB extra"
+            for name in ("fused", "eager")
+        ]
+        _say("" if points else "loss", f"B={point.batch:<5} {'   '.join(cells)}   {point.speedup:.1f}x")
         points.append(point)
-        ms, extra = point.milliseconds, {name: b / 2**20 for name, b in point.extra_bytes.items()}
-        _say(
-            "loss" if len(points) == 1 else "",
-            f"B={point.batch:<5} fused {ms['fused']:7.1f} ms {extra['fused']:7.1f} MiB extra   "
-            f"eager {ms['eager']:7.1f} ms {extra['eager']:7.1f} MiB extra   {ms['eager'] / ms['fused']:.1f}x faster",
-        )
     return points
 
 
@@ -114,55 +141,42 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     page = _writable(args.out)
     recycle_memory()
-    folder = args.data or data.clipart_mini()
     config = models.siglip.PRESETS[MODEL]
+    learn, held_out = _load(args.data or data.clipart_mini(), config.vision.image_size[0])
     tokenizer = data.ByteTokenizer(config.text.length)
-    learn, held_out = (
-        data.load_pairs([folder / name], config.vision.image_size[0]) for name in ("train.tar", "test.tar")
-    )
-    _say("data", f"{len(learn)} pictures to learn from, {len(held_out)} held out ({folder})")
-    for line in learn.skipped + held_out.skipped:
-        _say("", f"left out: {line}")
 
     torch.manual_seed(args.seed)
     device, autocast = _device()
     model = Siglip(config).to(device)
+    size = (
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {'bfloat16' if autocast else 'float32'}"
+    )
+    _say("model", f"{MODEL}, {size}, {device}, {os.cpu_count()} cores")
     batches = training.Batches(learn, tokenizer, RECIPE.batch, args.seed)
-    million = sum(p.numel() for p in model.parameters()) / 1e6
-    precision = "bfloat16 autocast" if autocast else "float32"
-    _say("model", f"{MODEL}, {million:.1f} M parameters, {precision}, {device}, {os.cpu_count()} cores")
     explanation = _explain(model, batches.batch)
-    _say("backend", str(explanation).replace("\n", "\n" + " " * 10))
 
     budget = training.Budget(args.steps, 60 * args.minutes)
     with Bar(budget) as bar:
         history = training.train(model, RECIPE, batches, budget, autocast=autocast, show=bar.update)
-    losses, seconds = report.smooth(history.losses), sum(history.seconds)
-    step = sorted(history.seconds)[len(history.seconds) // 2]
-    _say("trained", f"{len(losses)} steps of {batches.batch} pairs in {seconds:.0f} s, {1e3 * step:.0f} ms a step "
-         f"(median), loss {history.losses[0]:.2f} -> {losses[-1]:.2f}")  # fmt: skip
+    trained = f"{len(history.losses)} steps of {batches.batch} pairs"
+    timed = f"{sum(history.seconds):.0f} s, {1e3 * history.median_seconds:.0f} ms a step (median)"
+    _say("trained", f"{trained} in {timed}, loss {history.losses[0]:.2f} -> {report.smooth(history.losses)[-1]:.2f}")
 
     images = search.embed_pictures(model, held_out)
     found = search.retrieval(model, tokenizer, held_out, images)
-    _say(
-        "recall",
-        f"text to image {_percent(found.text_to_image)}   ({found.text_to_image[10] / found.chance(10):.1f}x chance at 10)",
-    )
-    _say("", f"image to text {_percent(found.image_to_text)}")
-    _say("", f"chance        {_percent({k: found.chance(k) for k in found.text_to_image})}   "
-         f"({len(held_out)} held-out pictures, first captions)")  # fmt: skip
+    _show_retrieval(found)
     answers = search.search(model, tokenizer, images, args.queries)
     for query, answer in zip(args.queries, answers, strict=True):
         _say("search", f"{query!r}: {'; '.join(held_out.captions[i][0] for i, _ in answer[:5])}")
     points = _measure(device)
 
     facts = {
-        "Model": f"{million:.1f} M parameters, {precision}",
+        "Model": size,
         "Pictures": f"{len(learn)}, and {len(held_out)} held out",
-        "Training": f"{len(losses)} steps of {batches.batch} pairs",
-        "Time": f"{seconds:.0f} s, {1e3 * step:.0f} ms a step",
+        "Training": trained,
+        "Time": timed,
         "Backend of the loss": explanation.backend,
-        "Recall@10, text to image": f"{100 * found.text_to_image[10]:.1f} %, {found.text_to_image[10] / found.chance(10):.1f}x chance",
+        "Recall@10, text to image": f"{100 * found.text_to_image[10]:.1f} % (chance {100 * found.chance(10):.1f} %)",
     }
     story = report.Story(facts, history, found, held_out, args.queries, answers, points, str(explanation), "float32")
     page.write_text(report.page(story), encoding="utf-8")

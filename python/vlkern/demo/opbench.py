@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,15 +26,18 @@ class Point:
     milliseconds: dict[str, float]
     extra_bytes: dict[str, int]
 
+    @property
+    def speedup(self) -> float:
+        """Time of eager over time of fused."""
+        return self.milliseconds["eager"] / self.milliseconds["fused"]
+
 
 def _measure(case: Case) -> Point:
     inputs = case.inputs()
     contestants, _ = case.contestants(inputs)
     eager = next(c for c in RACES["sigmoid_loss"].rivals if c.name == "eager")
     pair = {"fused": contestants[0], "eager": eager}
-    calls: dict[str, Callable[[], object]] = {
-        name: (lambda function=c.make(): inputs.run(function, MODE)) for name, c in pair.items()
-    }
+    calls: dict[str, Callable[[], object]] = {name: partial(inputs.run, c.make(), MODE) for name, c in pair.items()}
     for call in calls.values():
         call()
     times = race(calls, Clock(case.device), rounds=5, fixed=True)
@@ -44,7 +48,7 @@ def _measure(case: Case) -> Point:
     )
 
 
-def sweep(dtype: torch.dtype, device: str, batches: tuple[int, ...] = BATCHES, width: int = WIDTH) -> Iterator[Point]:
+def sweep(dtype: torch.dtype, device: str, batches: tuple[int, ...], width: int = WIDTH) -> Iterator[Point]:
     """Forward and backward of the loss on random unit vectors, one point after the other."""
     for batch in batches:
         yield _measure(Case("sigmoid_loss", Sample(f"demo_{batch}", batch, width), dtype, device))

@@ -83,7 +83,7 @@ def _op_table(points: Sequence[Point]) -> str:
     for p in points:
         ours, eager = p.milliseconds["fused"], p.milliseconds["eager"]
         rows.append(
-            f"<tr><th>{p.batch}</th><td>{ours:.1f} ms</td><td>{eager:.1f} ms</td><td>{eager / ours:.1f}x</td>"
+            f"<tr><th>{p.batch}</th><td>{ours:.1f} ms</td><td>{eager:.1f} ms</td><td>{p.speedup:.1f}x</td>"
             f"<td>{_bytes(p.extra_bytes['fused'])}</td><td>{_bytes(p.extra_bytes['eager'])}</td></tr>"
         )
     head = "<th>B</th><th>vlkern</th><th>eager</th><th>faster</th><th>vlkern, extra</th><th>eager, extra</th>"
@@ -134,12 +134,12 @@ cosine between query and picture. The model never sees those captions.</p>{answe
 <section><h2>Retrieval</h2>
 <p>Each of the {r.pictures} held-out pictures is asked for by its first caption, and the other way round. Only the very
 picture counts as found, even where several would fit the words.</p>{_recall_table(r)}</section>
-<section><h2>Loss</h2><p>Each step, and its moving average.</p><div class="charts one">{_loss_chart(story.history)}</div>
-</section>
+<section><h2>Loss</h2><p>Each step, and its moving average.</p>
+<div class="charts one">{_loss_chart(story.history)}</div></section>
 <section><h2>The loss by itself</h2>
-<p>Forward and backward on random unit vectors, {story.dtype}, width {WIDTH}: the fused op beside the same formula in eager
-PyTorch, alternating in one process (median of five). Extra memory is the peak beyond inputs, results and gradients, in a
-fresh process: eager PyTorch keeps several B x B tensors, the fused op none.</p>
+<p>Forward and backward on random unit vectors, {story.dtype}, width {WIDTH}: the fused op beside the same formula in
+eager PyTorch, alternating in one process (median of five). Extra memory is the peak beyond inputs, results and
+gradients, in a fresh process: eager PyTorch keeps several B x B tensors, the fused op none.</p>
 <div class="charts">{time_chart}{memory_chart}</div>{_op_table(story.points)}
 <pre>{escape(story.explanation)}</pre></section>
 </main></body></html>

@@ -14,8 +14,10 @@ h2 { font-size: 1.3rem; margin: 3.25rem 0 .5rem; padding-top: 1rem; border-top: 
 p { max-width: 44rem; margin: 0 0 1rem; }
 header p, section > p { color: var(--soft); }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; font-size: .85em; }
-pre { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .8rem 1rem; overflow-x: auto; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.75rem 0 0; }
+pre { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .8rem 1rem;
+  overflow-x: auto; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 40vw), 1fr)); gap: .75rem;
+  margin: 1.75rem 0 0; }
 dl div { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; padding: .7rem .9rem; }
 dt { color: var(--soft); font-size: .8rem; }
 dd { margin: .1rem 0 0; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -36,8 +38,9 @@ thead th { color: var(--soft); font-weight: 500; font-size: .85rem; }
 tbody th { font-weight: 600; }
 .note { color: var(--soft); font-size: .8rem; }
 .charts { display: grid; grid-template-columns: 1fr 1fr; gap: 1.25rem; margin-bottom: 1rem; }
-.charts.one { grid-template-columns: minmax(0, 42rem); }
-@media (max-width: 52rem) { .charts, .charts.one { grid-template-columns: minmax(0, 1fr); } }
+.charts.one { grid-template-columns: minmax(0, 34rem); }
+@media (max-width: 52rem) { .note { display: block; } th, td { padding: .45rem .4rem; font-size: .9rem; }
+  .charts, .charts.one { grid-template-columns: minmax(0, 1fr); } }
 svg { width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; }
 svg text { fill: var(--ink); font-size: 13px; font-variant-numeric: tabular-nums; }
 svg .title { fill: var(--soft); }

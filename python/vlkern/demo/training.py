@@ -1,5 +1,6 @@
 """The training run: batches of (augmented picture, one of its captions) until the steps or the minutes are used up."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ class History:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    @property
+    def median_seconds(self) -> float:
+        """Of a step."""
+        return statistics.median(self.seconds)
+
 
 class Batches:
     """An endless shuffled stream of (pixels [B, 3, S, S] in [-1, 1], ids [B, L]): every picture once per pass."""
@@ -45,8 +51,9 @@ class Batches:
 
     def _captions(self, index: torch.Tensor) -> torch.Tensor:
         """One caption of each picture, all of them equally likely."""
-        draw = torch.rand(len(index), generator=self.generator) * self.counts[index]
-        return self.ids[self.first[index] + draw.long()]
+        counts = self.counts[index]
+        draw = (torch.rand(len(index), generator=self.generator) * counts).long()
+        return self.ids[self.first[index] + draw.minimum(counts - 1)]  # the product may be rounded up to the count
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches that reach over the end of a pass into the next one are not cut."""

@@ -1,0 +1,138 @@
+"""The command line as a user meets it: errors are one line on stderr and exit status 2, without a traceback.
+
+What argparse rejects is tested inside this process, where `main` must end with SystemExit(2); the rest in its own.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import shards
+
+import vlkern
+from vlkern._op import BACKENDS, REGISTRY
+from vlkern.cli import main
+from vlkern.data import clipart_mini
+
+
+def call(*arguments, cwd=None):
+    command = [sys.executable, "-m", "vlkern", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def assert_one_line(done, *parts):
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("vlkern: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["dmeo"], "unknown command 'dmeo' (did you mean 'demo'?)"),
+        (["frobnicate"], "unknown command 'frobnicate' (the commands are info, demo, bench)"),
+        (["--frobnicate"], "--frobnicate"),
+        (["info", "--jsn"], "--jsn"),
+        (["info", "extra"], "extra"),
+        (["demo", "--steps", "many"], "argument --steps: expected a whole number, got 'many'"),
+        (["demo", "--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["demo", "--minutes", "nan"], "argument --minutes: must be at least 0.01, got nan"),
+        (["demo", "--minutes", "-1"], "argument --minutes: must be at least 0.01, got -1"),
+        (["demo", "--minutes", "inf"], "argument --minutes: must be at most"),
+        (["demo", "--seed", "1e99"], "argument --seed: expected a whole number, got '1e99'"),
+        (["demo", "--seed", str(10**30)], "argument --seed: must be at most"),
+        (["demo", "--queries"], "argument --queries"),
+        (["demo", "--data", "/nowhere"], "/nowhere/train.tar: no such shard"),
+        (["bench", "--repeats", "many"], "--repeats"),
+    ],
+)
+def test_bad_arguments(arguments, part, capfd):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    out, err = capfd.readouterr()
+    assert_one_line(subprocess.CompletedProcess(arguments, end.value.code, out, err), part)
+
+
+def test_the_process_ends_with_status_2(tmp_path):
+    assert_one_line(call("dmeo", cwd=tmp_path), "unknown command 'dmeo' (did you mean 'demo'?)")
+    assert_one_line(call("demo", "--steps", "many", cwd=tmp_path), "argument --steps")
+
+
+def test_unwritable_output(tmp_path):
+    (tmp_path / "file").touch()
+    assert_one_line(call("demo", "--out", tmp_path / "file" / "deeper"), "--out", "cannot write report.html there")
+
+
+def test_corrupt_shard(tmp_path):
+    whole = (clipart_mini() / "train.tar").read_bytes()
+    (tmp_path / "train.tar").write_bytes(whole[: len(whole) // 2])
+    done = call("demo", "--data", tmp_path, cwd=tmp_path)
+    assert_one_line(done, f"{tmp_path / 'train.tar'}: ")
+    assert not (tmp_path / "demo" / "report.html").exists()
+
+
+def test_too_many_bad_samples(tmp_path):
+    shards.write(tmp_path / "train.tar", {f"{i}.json": b"{}" for i in range(20)})
+    assert_one_line(call("demo", "--data", tmp_path, cwd=tmp_path), "more than 10 bad samples", "train.tar")
+
+
+def test_help_and_version(capsys):
+    def printed(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    assert printed("--version").startswith(f"vlkern {vlkern.__version__} (torch ")
+    for command in ("info", "demo", "bench"):
+        assert f"\n  {command}" in printed("--help")
+        assert printed(command, "--help").startswith(f"usage: vlkern {command}")
+    assert main([]) == 0
+    assert capsys.readouterr().out == printed("--help")
+
+
+def test_info():
+    done = call("info")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(call("info", "--json").stdout)
+    assert found["versions"]["vlkern"] == vlkern.__version__
+    assert set(found["built"]) == {"_C", "_C_cuda", "_host"}
+    assert found["cpu"]["cores"] >= 1 and found["cpu"]["memory_GiB"] > 0
+    assert set(found["ops"]) == {op.public for op in REGISTRY.values()}
+    for op in REGISTRY.values():
+        states = found["ops"][op.public]
+        assert list(states) == list(BACKENDS)
+        assert states["reference"] == "yes"
+        assert op.public in done.stdout
+        for backend, state in states.items():
+            assert f"  {backend:<11}{state}" in done.stdout
+            if op.missing[backend]:
+                assert state == f"no: {op.missing[backend]}"
+
+
+def test_a_reader_that_leaves_early():
+    command = f"{sys.executable} -m vlkern info | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("versions\n", "")
+
+
+def test_commands_are_imported_when_used():
+    code = (
+        "import sys; from vlkern.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(m in sys.modules for m in ('PIL', 'webdataset', 'rich', 'vlkern.demo', 'vlkern.bench')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
+
+
+def test_missing_package_is_named():
+    code = "import sys; sys.modules['webdataset'] = None; from vlkern.cli import main; main(['demo'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert_one_line(done, "`vlkern demo` needs webdataset: pip install 'vlkern[demo]'")
