@@ -1,6 +1,7 @@
 """Which rooms, samples, backends and dtypes the tests walk on this machine."""
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -56,10 +57,20 @@ def small(op: Op) -> list[Any]:
     return [sample for sample in samples(op).SAMPLES if not sample.bench]
 
 
+def heavy(op: Op, sample: Any) -> bool:
+    args, kwargs = samples(op).inputs(sample, torch.float32, "cpu")
+    return vlkern.explain(op.public, *args, **kwargs).flops > 1 << 24
+
+
+def light(op: Op) -> list[Any]:
+    """As small; in Triton's interpreter, where a heavy sample takes seconds a call, without those."""
+    return [sample for sample in small(op) if not (TRITON_INTERPRETS and heavy(op, sample))]
+
+
 def seeds(op: Op, sample: Any) -> range:
     """Enough random inputs for the largest error to be a property of the kernel; a large sample is cheap in draws."""
-    args, kwargs = samples(op).inputs(sample, torch.float32, "cpu")
-    return range(16 if vlkern.explain(op.public, *args, **kwargs).flops < 1 << 24 else 2)
+    few, many = (1, 2) if TRITON_INTERPRETS else (2, 16)
+    return range(few if heavy(op, sample) else many)
 
 
 def skip_unsupported(op: Op, backend: str, args: Any, kwargs: Any) -> None:
@@ -96,13 +107,13 @@ def agree(op: Op, backend: str, calls: list[Any]) -> None:
             assert_same_direction(*gradients)
 
 
-def each(*, dtype: bool = False, sample: bool = False, reference: bool = False) -> Any:
-    """Parametrise over rooms and the backends under test, optionally dtypes, samples and the reference."""
-    names, cases = ["op", "backend"] + ["dtype"] * dtype + ["sample"] * sample, []
+def each(*, dtype: bool = False, sample: Callable[[Op], list[Any]] | None = None, reference: bool = False) -> Any:
+    """Parametrise over rooms and the backends under test, optionally dtypes, samples (from a lister), the reference."""
+    names, cases = ["op", "backend"] + ["dtype"] * dtype + ["sample"] * bool(sample), []
     for op in REGISTRY.values():
         for backend in ("reference",) * reference + tuple(b for b in KERNELS if b in op.backends):
             for d in dtypes(backend) if dtype else (None,):
-                for s in small(op) if sample else (None,):
+                for s in sample(op) if sample else (None,):
                     values = [op, backend, *([d] if dtype else []), *([s] if sample else [])]
                     label = [op.name, backend, *([str(d)[6:]] if dtype else []), *([s.name] if s else [])]
                     cases.append(pytest.param(*values, id="-".join(label)))

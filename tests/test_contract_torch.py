@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from rooms import device, dtypes, each, public, samples, skip_unsupported, small
+from rooms import device, dtypes, each, light, public, samples, skip_unsupported
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -47,7 +47,7 @@ def chosen(op, backend):
 
 
 def case(op, backend, dtype=torch.float32, sample=None):
-    args, kwargs = samples(op).inputs(sample or small(op)[-1], dtype, device(backend))
+    args, kwargs = samples(op).inputs(sample or light(op)[-1], dtype, device(backend))
     skip_unsupported(op, backend, args, kwargs)
     return args, kwargs
 
@@ -60,7 +60,7 @@ def assert_same_run(one, other):
 @each(reference=True)
 def test_opcheck(op, backend):
     """On the raw overloads, with inputs that need no grad: gradients belong to the public function."""
-    for sample in small(op):
+    for sample in light(op):
         args, kwargs = case(op, backend, sample=sample)
         with record() as calls, chosen(op, backend):
             differentiate(public(op), args, kwargs)
@@ -96,10 +96,10 @@ def test_one_graph_serves_many_sizes(op, backend):
     graphs = Graphs()
     compiled = torch.compile(public(op), fullgraph=True, dynamic=True, backend=graphs.compile)
     with chosen(op, backend):
-        for sample in small(op):
+        for sample in light(op):
             args, kwargs = case(op, backend, sample=sample)
             assert_same_run(differentiate(compiled, args, kwargs), differentiate(public(op), args, kwargs))
-    assert len(graphs.forward) < len(small(op))
+    assert len(graphs.forward) < len(light(op))
 
 
 @each()
@@ -171,7 +171,7 @@ def test_only_first_derivatives(op, backend):
 
 @each(dtype=True)
 def test_meta_tensors_have_the_same_shapes(op, backend, dtype):
-    for sample in small(op):
+    for sample in light(op):
         args, kwargs = samples(op).inputs(sample, dtype, "cpu")
         real = differentiate(public(op), args, kwargs)
         meta_args, meta_kwargs = tree_map(
