@@ -71,7 +71,7 @@ def pick(shape: tuple[int, int, int], dtype: torch.dtype, on: Chip) -> Config:
 
 @triton.jit
 def _log1p_unit(e):
-    """log(1 + e) for 0 <= e <= 1, relative error under 2e-7: e times a minimax polynomial. 1 + e would lose a small e."""
+    """log(1 + e) for 0 <= e <= 1 to 2e-7 of itself: e times a minimax polynomial. log(1 + e) would lose a small e."""
     p = 0.00523268789 * e - 0.0295052132
     p = p * e + 0.0782259103
     p = p * e - 0.136632423
@@ -114,7 +114,7 @@ def _quarters(dots):
 @triton.jit
 def _logits(
     p_x, p_y, p_scale, p_bias, p_x_valid, p_y_valid, p_g, p_sums, first, M, N, pitch, tiles, D,
-    WHOLE: tl.constexpr, UNIT: tl.constexpr, DIAGONAL: tl.constexpr, EXACT: tl.constexpr, GRADIENT: tl.constexpr,
+    WHOLE: tl.constexpr, UNIT: tl.constexpr, DIAGONAL: tl.constexpr, MASKED: tl.constexpr, GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # grid (tiles of the chunk,): logits of images first + [0, M) and texts [0, N), one [BM, BN] tile each
@@ -139,35 +139,33 @@ def _logits(
             b_x, b_y = tl.load(at_x + start, m_k[None, :], other=0.0), tl.load(at_y + start, m_k[:, None], other=0.0)
         dots = tl.dot(b_x, b_y, dots, input_precision=PRECISION)
 
-    m_i = i < M
-    if p_x_valid is not None:
-        m_i = m_i & (tl.load(p_x_valid + first + i, m_i, other=0) != 0)
     scale, bias = tl.load(p_scale), tl.load(p_bias)
     loss = tl.zeros([BM], tl.float32)
     d_scale = tl.zeros([BM], tl.float32)
     d_bias = tl.zeros([BM], tl.float32)
-    strips = _quarters(dots)
+    if MASKED:  # as factors, which take one register a row or column, not one predicate a pair
+        keep_i = (i < M).to(tl.float32)
+        if p_x_valid is not None:
+            keep_i *= tl.load(p_x_valid + first + i, i < M, other=0).to(tl.float32)
     # Only one tile in a hundred holds positive pairs; a branch spares the others two comparisons per pair.
     crosses = DIAGONAL and (first + tile_i * BM < tile_j * BN + BN) and (tile_j * BN < first + tile_i * BM + BM)
+    strips = _quarters(dots)
     for q in tl.static_range(4):  # strip by strip: the intermediate values of a whole tile do not fit in the registers
         j = tile_j * BN + q * (BN // 4) + tl.arange(0, BN // 4)  # [BN / 4]
         b_loss, g = _pairs(strips[q], scale, bias, first + i, j, crosses)
-        if not EXACT:
-            m_j = j < N
+        if MASKED:
+            keep_j = (j < N).to(tl.float32)
             if p_y_valid is not None:
-                m_j = m_j & (tl.load(p_y_valid + j, m_j, other=0) != 0)
-            m = m_i[:, None] & m_j[None, :]
-            b_loss, g = tl.where(m, b_loss, 0.0), tl.where(m, g, 0.0)
+                keep_j *= tl.load(p_y_valid + j, j < N, other=0).to(tl.float32)
+            b_loss, g = b_loss * keep_j[None, :], g * (keep_i[:, None] * keep_j[None, :])
         loss += tl.sum(b_loss, 1)
         if GRADIENT:
             d_scale += tl.sum(g * strips[q], 1)
             d_bias += tl.sum(g, 1)
             at_g = p_g + i.to(tl.int64)[:, None] * pitch + j[None, :]
-            b_g = (g * UNIT).to(p_g.dtype.element_ty)
-            if EXACT:
-                tl.store(at_g, b_g)
-            else:
-                tl.store(at_g, b_g, (i < M)[:, None] & (j < N)[None, :])
+            tl.store(at_g, (g * UNIT).to(p_g.dtype.element_ty))  # G is allocated in whole tiles
+    if MASKED:
+        loss *= keep_i
     p_sum = p_sums + (first // BM + tile_i) * across + tile_j
     tl.store(p_sum, tl.sum(loss))
     if GRADIENT:
@@ -192,21 +190,19 @@ class _Sweep:
     def launch(self, first: int, rows: int, g: torch.Tensor | None = None, unit: float = 1.0) -> None:
         """The tiles of images first to first + rows. Their G, times `unit`, goes to `g` if there is one."""
         c = self.config
-        exact = not (self.masked or rows % c.bm or self.n % c.bn)
+        masked = self.masked or rows % c.bm > 0 or self.n % c.bn > 0
         _logits[(triton.cdiv(rows, c.bm) * triton.cdiv(self.n, c.bn),)](
             *self.inputs, g, self.sums, first, rows, self.n, 0 if g is None else g.stride(0), self.tiles, self.d,
-            self.d % c.bk == 0, unit, self.diagonal, exact, g is not None,
+            self.d % c.bk == 0, unit, self.diagonal, masked, g is not None,
             c.precision, _GROUP, c.bm, c.bn, c.bk, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int) -> None:
     """total [I, J] = beta total + a [I, K] @ b [K, J], with float32 sums from a and b of any dtype."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
+    if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # the interpreter: PyTorch's mixed matmul is for GPUs
+    else:  # float32, or the interpreter: PyTorch multiplies mixed dtypes on GPUs only
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
@@ -245,9 +241,8 @@ def sigmoid_loss_grad(
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     d_image = torch.empty_like(x, dtype=dtype)
     d_text = torch.empty_like(y, dtype=torch.float32)
-    # Rows of G begin on a cache line whatever N is.
-    g_chunk = x.new_empty(min(c.rows, sweep.m), triton.cdiv(sweep.n, 64) * 64)
-    d_chunk = x.new_empty(g_chunk.shape[0], sweep.d, dtype=torch.float32)
+    g_chunk = x.new_empty(c.rows, triton.cdiv(sweep.n, c.bn) * c.bn)
+    d_chunk = x.new_empty(min(c.rows, sweep.m), sweep.d, dtype=torch.float32)
     for first in range(0, sweep.m, c.rows):
         rows = slice(first, min(first + c.rows, sweep.m))
         count = rows.stop - first

@@ -1,0 +1,67 @@
+"""Every Triton kernel compiles for every supported chip without a GPU, and none gets worse than the committed table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rooms import ROOT
+
+from vlkern._op import REGISTRY
+
+pytest.importorskip("triton", reason="Triton is optional")
+
+REFRESH = "after a change that is meant, run: python tests/triton/aot.py --update"
+#: Shared memory of one program, from the CUDA programming guide.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("aot.py")],
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)["kernels"]
+
+
+def test_every_room_compiles_for_every_chip(compiled):
+    rooms = {name for name, op in REGISTRY.items() if "triton" in op.backends}
+    for chip in SHARED:
+        names = [row["kernel"] for row in compiled if row["chip"] == chip]
+        assert {room for room in rooms if any(name.startswith(room) for name in names)} == rooms
+
+
+def test_no_new_spills(compiled):
+    committed = json.loads((ROOT / "bench/results/aot/triton.json").read_text())["kernels"]
+    known = {(row["chip"], row["kernel"]): row for row in committed}
+    missing = [row for row in compiled if (row["chip"], row["kernel"]) not in known]
+    assert not missing, f"not in the table: {missing}; {REFRESH}"
+    worse = [
+        (what, before[what], row)
+        for row in compiled
+        for before in [known[row["chip"], row["kernel"]]]
+        for what in ("spill_stores", "spill_loads", "stack")
+        if row[what] > before[what]
+    ]
+    assert not worse, f"more than the table has: {worse}; {REFRESH}"
+
+
+def test_shared_memory_fits(compiled):
+    for row in compiled:
+        assert row["shared"] <= SHARED[row["chip"]], row
+
+
+@pytest.mark.parametrize(
+    ("chip", "instruction"), [("sm_80", "mma.sync"), ("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")]
+)
+def test_logits_use_the_tensor_cores(compiled, chip, instruction):
+    rows = [r for r in compiled if r["chip"] == chip and r["kernel"].startswith("sigmoid_loss_logits bfloat16")]
+    assert rows
+    assert {row["tensor_cores"] for row in rows} == {instruction}
