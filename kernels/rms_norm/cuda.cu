@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 // With h = x * rstd and u = grad * (offset + w):  dx = rstd * (u - h * mean(u h)),  dw = sum over rows of
-// grad * h. A thread keeps its columns from row to row and their dw in registers; a block leaves one row of
-// parts [gridDim.x, n].
+// grad * h. x meets rstd before anything else: where a row's squares leave float32 rstd is 0, and inf * 0
+// would be NaN. A thread keeps its columns from row to row and their dw in registers; a block leaves one row
+// of parts [gridDim.x, n].
 template <class T>
 __global__ void __launch_bounds__(kMaxBackward, 1)
     backward_cached(const T* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ w,
@@ -89,13 +90,13 @@ __global__ void __launch_bounds__(kMaxBackward, 1)
     int64_t row = first + threadIdx.y;
     bool active = row < rows;
     float r = active ? rstd[row] : 0.0f, dot = 0;
-    Vector<T> g[kItems], h[kItems];
+    Vector<T> g[kItems], x_[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       int j = (threadIdx.x + i * blockDim.x) * kWidth;
       bool inside = active && j < n;
       g[i] = inside ? load(grad + row * n + j) : Vector<T>{};
-      h[i] = inside ? load(x + row * n + j) : Vector<T>{};
+      x_[i] = inside ? load(x + row * n + j) : Vector<T>{};
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -104,9 +105,10 @@ __global__ void __launch_bounds__(kMaxBackward, 1)
       float gain[kWidth];
       cuda::load_floats(w + j, gain);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) dot += float(g[i].at[k]) * (offset + gain[k]) * float(h[i].at[k]);
+      for (int k = 0; k < kWidth; ++k)
+        dot += float(g[i].at[k]) * (offset + gain[k]) * (float(x_[i].at[k]) * r);
     }
-    float mean = row_sum(dot, warps[parity]) * r / float(n);
+    float mean = row_sum(dot, warps[parity]) / float(n);
     parity ^= 1;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kMaxBackward, 1)
       cuda::load_floats(w + j, out);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        float gk = float(g[i].at[k]), hk = float(h[i].at[k]) * r;
+        float gk = float(g[i].at[k]), hk = float(x_[i].at[k]) * r;
         out[k] = r * (gk * (offset + out[k]) - hk * mean);
         dw[i][k] += gk * hk;
       }
@@ -154,8 +156,8 @@ __global__ void __launch_bounds__(kBlock)
   int64_t end = active ? n : 0;
   float r = active ? rstd[row] : 0.0f, dot = 0;
   for (int64_t j = threadIdx.x; j < end; j += blockDim.x)
-    dot += float(grad[row * n + j]) * (offset + w[j]) * float(x[row * n + j]);
-  float mean = row_sum(dot, warps) * r / float(n);
+    dot += float(grad[row * n + j]) * (offset + w[j]) * (float(x[row * n + j]) * r);
+  float mean = row_sum(dot, warps) / float(n);
   for (int64_t j = threadIdx.x; j < end; j += blockDim.x)
     dx[row * n + j] = T(r * (float(grad[row * n + j]) * (offset + w[j]) - float(x[row * n + j]) * r * mean));
 }
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(kBlock)
   if (j >= n) return;
   float sum = 0;
   for (int64_t row = first; row < rows && row < first + slab; ++row)
-    sum += float(grad[row * n + j]) * float(x[row * n + j]) * rstd[row];
+    sum += float(grad[row * n + j]) * (float(x[row * n + j]) * rstd[row]);
   parts[blockIdx.y * n + j] = sum;
 }
 

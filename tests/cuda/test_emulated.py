@@ -110,6 +110,17 @@ def test_rms_norm_of_misaligned_memory(emulated, which, dtype):
     rms_norm_agrees(x, weight, 0.0)
 
 
+@DTYPES
+@pytest.mark.parametrize("n", [32, 33])
+def test_rms_norm_is_finite_for_finite_rows(emulated, n, dtype):
+    limits = torch.finfo(dtype)
+    x = torch.tensor([0.0, limits.tiny, 1e4, limits.max])[:, None].expand(4, n).to(dtype).contiguous()
+    weight = torch.linspace(-2, 2, n)
+    y, rstd = run("rms_norm", "rms_norm", "cuda", x, weight, 1e-6, 0.0)
+    gradients = run("rms_norm", "rms_norm_backward", "cuda", torch.ones_like(x), x, weight, rstd, 0.0)
+    assert all(t.isfinite().all() for t in (y, rstd, *gradients))
+
+
 def sigmoid_arguments(m, n, d, dtype, scale=10.0, bias=-10.0, valid=None, diagonal=True):
     g = torch.Generator().manual_seed(m + n)
     image = torch.nn.functional.normalize(torch.randn(m, d, generator=g), dim=-1)
