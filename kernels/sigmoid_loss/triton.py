@@ -6,7 +6,7 @@ to the sums of loss, d_scale and d_bias and to G = dL/dlogits, the one [R, N] te
 Against a matmul into float32 logits and a pass over them the fused kernel saves 8 bytes of traffic per pair. The loss
 alone needs no chunks: nothing but its sums leaves the kernel.
 
-Floors on an H200 at M = N = 32768, D = 1152, bfloat16: the 7.4 TFLOP take 9.4 ms at 790 TFLOP/s. Beside them stand the
+Counted for an H200 at M = N = 32768, D = 1152, bfloat16: 7.4 TFLOP are 9.4 ms at 790 TFLOP/s. Beside them stand the
 epilogue, 26 instructions per pair or 0.9 ms that the tensor cores wait for; G, written once and read twice, 6.4 GB or
 1.5 ms of memory time behind the matmuls; and the float32 sums of d_text, read and written once per chunk, 0.8 ms.
 
