@@ -43,13 +43,20 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def races(result: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(title, rows) of each sample, dtype and mode; absent contestants come last, once for each sample and dtype."""
+    """(title, rows) of each sample, dtype and mode."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["sample"], row["shape"], row["dtype"], row.get("mode", "absent")
+        return row["sample"], row["shape"], row["dtype"], row["mode"]
 
-    for (sample, shape, dtype, mode), rows in groupby(result["rows"], key):
+    entered = [row for row in result["rows"] if row["status"] != "absent"]
+    for (sample, shape, dtype, mode), rows in groupby(entered, key):
         yield f"{result['op']}  {sample} {shape}  {dtype}  {mode}", list(rows)
+
+
+def absences(result: dict[str, Any]) -> list[str]:
+    """Who was not there, and why, each once."""
+    absent = (row for row in result["rows"] if row["status"] == "absent")
+    return list(dict.fromkeys(f"{row['contestant']} is absent: {row['reason']}" for row in absent))
 
 
 def machine_lines(result: dict[str, Any]) -> list[str]:
@@ -69,10 +76,10 @@ def machine_lines(result: dict[str, Any]) -> list[str]:
 
 def _plain(title: str, rows: list[tuple[str, ...]]) -> None:
     print(f"\n{title}")
-    full = [r for r in rows if r[3]]
-    widths = [max(map(len, column)) for column in zip(HEAD, *full, strict=True)]
-    for row in (HEAD, *rows) if full else rows:
-        texts = row if row in full or row is HEAD else row[:3]
+    timed = [HEAD, *(row for row in rows if row[3])]
+    widths = [max(map(len, column)) for column in zip(*timed, strict=True)]
+    for row in (HEAD, *rows):
+        texts = row if row in timed else row[:3]
         print("  ".join(t.ljust(w) for t, w in zip(texts, widths, strict=False)).rstrip())
 
 
@@ -80,11 +87,11 @@ def _rich(title: str, rows: list[tuple[str, ...]]) -> None:
     from rich import box, console, table
 
     out = table.Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for name in HEAD if any(r[3] for r in rows) else HEAD[:3]:
+    for name in HEAD:
         out.add_column(name, justify="left" if name == HEAD[0] else "right")
     for row in rows:
         style = "green" if row[0].startswith("vlkern") else "red" if row[1] == "failed" else None
-        out.add_row(*row[: len(out.columns)], style=style)
+        out.add_row(*row, style=style)
     console.Console().print(out)
 
 
@@ -93,3 +100,4 @@ def show(result: dict[str, Any]) -> None:
     draw = _rich if sys.stdout.isatty() and find_spec("rich") else _plain
     for title, rows in races(result):
         draw(title, [cells(row) for row in rows])
+    print("\n".join(["", *absences(result)]))

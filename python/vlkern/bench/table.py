@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlkern.bench.report import HEAD, cells, machine_lines, races, speedup
+from vlkern.bench.report import HEAD, absences, cells, machine_lines, races, speedup
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 _COMMAND = "python -m vlkern.bench.table"
@@ -89,11 +89,9 @@ def numbers(results: list[dict[str, Any]]) -> str:
         parts.append(f"![{result['op']} on {slug}](../bench/results/{slug}/{result['op']}.svg)")
         for title, rows in races(result):
             parts.append(f"### {title}")
-            missing = all(row["status"] != "ok" for row in rows)
-            head = ("contestant", "status", "reason") if missing else HEAD
-            lines = [_line(head), _line(["---"] * len(head))]
-            lines += [_line([c or " " for c in cells(row)[: len(head)]]) for row in rows]
+            lines = [_line(HEAD), _line(["---"] * len(HEAD)), *(_line(cells(row)) for row in rows)]
             parts.append("\n".join(lines))
+        parts += absences(result)
     return "\n\n".join(parts) + "\n"
 
 
