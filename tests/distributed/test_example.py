@@ -9,7 +9,7 @@ from rooms import ROOT
 
 
 def test_example_of_the_documentation_trains(tmp_path):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), re.DOTALL).group(1)
+    code = re.search(r"```python torchrun\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), re.DOTALL).group(1)
     script = tmp_path / "train.py"
     script.write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
