@@ -78,15 +78,16 @@ def assert_same_direction(
 @contextmanager
 def poison() -> Iterator[None]:
     """Fresh memory holds NaN (the largest integer for int dtypes), also where native kernels allocate it."""
-    fill, enabled = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    memory: Any = torch.utils.deterministic
+    fill, enabled = memory.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class record(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
 
-    def __enter__(self) -> list[Call]:  # type: ignore[override]
+    def __enter__(self) -> list[Call]:
         super().__enter__()
         return self.calls
 
