@@ -10,6 +10,7 @@
 #if defined(__x86_64__) && defined(__linux__)
 #define VLKERN_AMX 1
 
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -31,7 +32,10 @@ constexpr int kBlock = 32;  // a kernel computes 32 x 32 outputs in four accumul
 inline bool available() {
   static const bool yes = [] {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") &&
+    unsigned a, b, c, features = 0;  // __builtin_cpu_supports does not know AMX in every compiler
+    __get_cpuid_count(7, 0, &a, &b, &c, &features);
+    constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+    return __builtin_cpu_supports("avx512bf16") && (features & kAmx) == kAmx &&
            syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return yes;

@@ -11,10 +11,12 @@
 #include <cstdint>
 
 #define VLKERN_INLINE inline __attribute__((always_inline))
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VLKERN_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+#if defined(__clang__) || !defined(__x86_64__)
 #define VLKERN_SIMD
+#elif __GNUC__ >= 12
+#define VLKERN_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // g++ 11 cannot dispatch on the levels x86-64-v3 and v4
+#define VLKERN_SIMD __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 
 namespace vlkern {

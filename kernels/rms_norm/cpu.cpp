@@ -76,7 +76,8 @@ Rows check(const Tensor& x, const Tensor& weight) {
 constexpr int64_t kGrain = 16;  // rows a thread takes at a time
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight_, double eps, double offset) {
-  auto [rows, n] = check(x_, weight_);
+  const Rows size = check(x_, weight_);
+  const int64_t rows = size.count, n = size.n;
   Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
   auto shape = shape_of(x);
   Tensor y = empty(x, shape, x.scalar_type());
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight_, dou
   dispatch(x.scalar_type(), [&]<class T>() {
     const T* in = x.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, rows, kGrain, [&, n = n](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
       forward(in + begin * n, w, out + begin * n, r + begin, end - begin, n, float(eps), float(offset));
     });
   });
@@ -96,7 +97,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight_, dou
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weight_,
                                              const Tensor& rstd, double offset) {
-  auto [rows, n] = check(x_, weight_);
+  const Rows size = check(x_, weight_);
+  const int64_t rows = size.count, n = size.n;
   Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
   Tensor grad = torch::stable::contiguous(grad_);
   VLKERN_CHECK(grad.numel() == x.numel() && rstd.numel() == rows, "grad and rstd must match x");
@@ -111,7 +113,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& 
   dispatch(x.scalar_type(), [&]<class T>() {
     const T *g = grad.const_data_ptr<T>(), *in = x.const_data_ptr<T>();
     T* out = dx.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, blocks, 1, [&, rows = rows, n = n](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         int64_t first = b * block, count = std::min(block, rows - first);
         backward(g + first * n, in + first * n, w, r + first, out + first * n, part + b * n, count, n, float(offset));
