@@ -1,4 +1,5 @@
-// RMS normalisation on the CPU. Memory-bound: a row stays in L1 between its two passes, so each tensor crosses memory once.
+// RMS normalisation on the CPU. Memory-bound: a row stays in L1 between its two passes, so each tensor
+// crosses memory once.
 #include "simd.h"
 #include "vlkern.h"
 
@@ -7,8 +8,8 @@ namespace {
 
 // y = x * rstd * (offset + w), rstd = 1 / sqrt(mean(x^2) + eps)
 template <class T>
-VLKERN_INLINE void forward_rows(const T* x, const float* w, T* y, float* rstd, int64_t rows, int64_t n, float eps,
-                                float offset) {
+VLKERN_INLINE void forward_rows(const T* x, const float* w, T* y, float* rstd, int64_t rows, int64_t n,
+                                float eps, float offset) {
   for (int64_t i = 0; i < rows; ++i, x += n, y += n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -24,8 +25,8 @@ VLKERN_INLINE void forward_rows(const T* x, const float* w, T* y, float* rstd, i
 
 // With h = x * rstd and u = grad * (offset + w):  dx = rstd * (u - h * mean(u h)),  dw += grad * h
 template <class T>
-VLKERN_INLINE void backward_rows(const T* grad, const T* x, const float* w, const float* rstd, T* dx, float* dw,
-                                 int64_t rows, int64_t n, float offset) {
+VLKERN_INLINE void backward_rows(const T* grad, const T* x, const float* w, const float* rstd, T* dx,
+                                 float* dw, int64_t rows, int64_t n, float offset) {
   for (int64_t i = 0; i < rows; ++i, x += n, grad += n, dx += n) {
     float r = rstd[i], dot = 0;
 #pragma omp simd reduction(+ : dot)
@@ -48,14 +49,14 @@ VLKERN_SIMD void add_rows(const float* parts, float* out, int64_t rows, int64_t 
 }
 
 // target_clones needs plain functions, one per dtype; the templates above are inlined into each clone.
-#define VLKERN_DTYPE(T)                                                                                          \
-  VLKERN_SIMD void forward(const T* x, const float* w, T* y, float* rstd, int64_t rows, int64_t n, float eps,    \
-                           float offset) {                                                                       \
-    forward_rows(x, w, y, rstd, rows, n, eps, offset);                                                           \
-  }                                                                                                              \
-  VLKERN_SIMD void backward(const T* grad, const T* x, const float* w, const float* rstd, T* dx, float* dw,      \
-                            int64_t rows, int64_t n, float offset) {                                             \
-    backward_rows(grad, x, w, rstd, dx, dw, rows, n, offset);                                                    \
+#define VLKERN_DTYPE(T)                                                                                     \
+  VLKERN_SIMD void forward(const T* x, const float* w, T* y, float* rstd, int64_t rows, int64_t n,          \
+                           float eps, float offset) {                                                       \
+    forward_rows(x, w, y, rstd, rows, n, eps, offset);                                                      \
+  }                                                                                                         \
+  VLKERN_SIMD void backward(const T* grad, const T* x, const float* w, const float* rstd, T* dx, float* dw, \
+                            int64_t rows, int64_t n, float offset) {                                        \
+    backward_rows(grad, x, w, rstd, dx, dw, rows, n, offset);                                               \
   }
 VLKERN_DTYPE(float)
 VLKERN_DTYPE(bf16)
@@ -104,7 +105,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& 
   VLKERN_CHECK(grad.numel() == x.numel() && rstd.numel() == rows, "grad and rstd must match x");
   Tensor dx = empty(x, shape_of(x), x.scalar_type());
   Tensor dw = zeros(x, {n}, ScalarType::Float);
-  // The weight gradient is summed in blocks of rows whose number depends on the shape alone: same bits for any thread count.
+  // The weight gradient is summed in blocks of rows whose number depends on the shape alone: same bits for
+  // any thread count.
   int64_t block = std::max<int64_t>(64, ceil_div(rows, 64)), blocks = ceil_div(rows, block);
   Tensor parts = zeros(x, {blocks, n}, ScalarType::Float);
   const float* w = weight.const_data_ptr<float>();
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& 
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         int64_t first = b * block, count = std::min(block, rows - first);
-        backward(g + first * n, in + first * n, w, r + first, out + first * n, part + b * n, count, n, float(offset));
+        backward(g + first * n, in + first * n, w, r + first, out + first * n, part + b * n, count, n,
+                 float(offset));
       }
     });
   });
