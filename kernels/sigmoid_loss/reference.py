@@ -38,7 +38,7 @@ def sigmoid_loss(
     text_valid: torch.Tensor | None,
     diagonal: bool,
 ) -> torch.Tensor:
-    """weight * sum_ij softplus(-z_ij s_ij), s = scale <x_i, y_j> + bias; z = -1, and +1 on the diagonal if there is one.
+    """weight * sum_ij softplus(-z_ij s_ij), s = scale <x_i, y_j> + bias; z = -1, +1 on the diagonal if there is one.
 
     image [M, D], text [N, D]; scale, bias, weight [] float32; the masks [M] and [N] bool. Returns [] float32.
     """
