@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for every supported chip without a GPU and tabulates what it costs there.
 
     python tests/triton/aot.py                    the table on standard output
-    python tests/triton/aot.py --update           the table to bench/results/aot/triton.json
+    python tests/triton/aot.py --update           the table to bench/results/aot/triton-<version>.json
     python tests/triton/aot.py --ptx FOLDER       keep the PTX as well
 
 The launchers themselves run: on meta tensors of the benchmarked shapes, with a driver that names the chip and launches
@@ -34,7 +34,9 @@ from vlkern import _triton
 from vlkern._op import REGISTRY, Op
 from vlkern.testing import Call, is_float, record
 
-TABLE = Path(__file__).parents[2] / "bench" / "results" / "aot" / "triton.json"
+#: Another Triton allocates other registers, so every minor version has a table of its own.
+VERSION = ".".join(triton.__version__.split(".")[:2])
+TABLE = Path(__file__).parents[2] / "bench" / "results" / "aot" / f"triton-{VERSION}.json"
 CHIPS = {"sm_80": _triton.A100, "sm_90": _triton.H200, "sm_100": _triton.B200}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,11 @@ def test_every_room_compiles_for_every_chip(compiled):
 
 
 def test_no_new_spills(compiled):
-    committed = json.loads((ROOT / "bench/results/aot/triton.json").read_text())["kernels"]
+    version = ".".join(metadata.version("triton").split(".")[:2])
+    table = ROOT / f"bench/results/aot/triton-{version}.json"
+    if not table.exists():
+        pytest.skip(f"there is no table for Triton {version} yet: its compiler allocates registers in its own way")
+    committed = json.loads(table.read_text())["kernels"]
     known = {(row["chip"], row["kernel"]): row for row in committed}
     missing = [row for row in compiled if (row["chip"], row["kernel"]) not in known]
     assert not missing, f"not in the table: {missing}; {REFRESH}"
