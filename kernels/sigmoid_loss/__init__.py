@@ -148,7 +148,7 @@ def sigmoid_contrastive_loss(
     arguments = _bind(image, text, scale, bias, valid=valid)
     image, text, scale, bias, count, *masks, diagonal = arguments
     backend = _op.choose(image, text)
-    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (image, text, scale, bias))
+    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:4])
     if group is not None:
         from vlkern.kernels.sigmoid_loss import ring
 

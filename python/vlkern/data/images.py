@@ -22,7 +22,8 @@ def decode_image(data: bytes, size: int) -> torch.Tensor:
     Raises:
         OSError, ValueError, SyntaxError: Pillow cannot decode the data (it uses all three).
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as opened:
+        image: Image.Image = opened
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
