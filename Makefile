@@ -15,7 +15,7 @@ demo: .venv/built  ## train a small SigLIP on real pictures, search them, write 
 
 test: lint  ## build, lint and run everything that needs no GPU
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py tests/kernels
 
 bench: .venv/built  ## compare every op with its rivals, write bench/results/
 	$(BIN)/vlkern bench
