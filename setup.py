@@ -60,6 +60,7 @@ class CMakeBuild(build_ext):
 kernels = {f"vlkern.kernels.{op}": f"kernels/{op}" for op in find_packages("kernels")}
 setup(
     version=(ROOT / "python/vlkern/version.txt").read_text().strip(),
+    license="Apache-2.0",  # here and not in pyproject.toml, whose notation changed with setuptools 77
     packages=[*find_packages("python"), *kernels, "vlkern.clipart_mini"],
     package_dir={"": "python", "vlkern.clipart_mini": "data/clipart-mini", **kernels},
     package_data={"vlkern": ["version.txt", "py.typed"], "vlkern.clipart_mini": ["*.tar", "README.md"]},
