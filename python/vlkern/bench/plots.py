@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 _OURS, _RIVAL = ("#0b6e6e", "#8fcaca"), ("#5c6370", "#c4c8cf")  # forward+backward, forward
 _INK, _FAINT = "#22262e", "#7a8190"
@@ -36,7 +37,7 @@ def _value(row: dict[str, Any], unit: str) -> float | None:
 def _panel(axes: Axes, rows: list[dict[str, Any]], unit: str, names: bool) -> None:
     """Two bars a contestant: forward+backward on top, forward below."""
     contestants = list(dict.fromkeys(row["contestant"] for row in rows))
-    most = max((_value(r, unit) or 0.0 for r in rows), default=0.0) or 1.0
+    most = max(row["ms"]["q3"] if unit == "ms" else _value(row, unit) or 0.0 for row in rows) or 1.0
     for row in rows:
         value = _value(row, unit)
         if value is None:
@@ -72,7 +73,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
         return []
     bars = [len({row["contestant"] for row in rows}) for rows in groups.values()]
     heights = [0.42 * n + 0.55 for n in bars]
-    figure = Figure(figsize=(9.6, sum(heights) + 0.95), layout="constrained")
+    figure = Figure(figsize=(9.6, sum(heights) + 0.95), layout=ConstrainedLayoutEngine(h_pad=0.08))
     grid = figure.subplots(len(groups), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
     for (left, right), ((sample, shape, dtype), rows) in zip(grid, groups.items(), strict=True):
         _panel(left, rows, "ms", names=True)
