@@ -120,6 +120,7 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, c.width, c.patch, stride=c.patch)
         self.position_embedding = nn.Embedding(c.patches, c.width)
         lecun_normal_(self.patch_embedding.weight, fan_in=3 * c.patch**2)
+        assert self.patch_embedding.bias is not None  # by default there is one
         nn.init.zeros_(self.patch_embedding.bias)
         nn.init.normal_(self.position_embedding.weight, std=1 / math.sqrt(c.width))
 
