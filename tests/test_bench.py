@@ -202,6 +202,25 @@ def test_results_follow_the_schema(repository: Path) -> None:
     assert path.with_suffix(".svg").exists() and path.with_suffix(".png").exists()
 
 
+def test_a_partial_run_keeps_the_other_cases() -> None:
+    def result(*rows: tuple[str, str, int], torch_version: str = "2") -> dict[str, Any]:
+        head = {"schema": 1, "op": "rms_norm", "hardware": {}, "versions": {"torch": torch_version}, "settings": {}}
+        ceilings = {"matmul_TFLOPs": {dtype: 1.0 for _, dtype, _ in rows}}
+        return {**head, "ceilings": ceilings, "rows": [{"sample": a, "dtype": b, "run": c} for a, b, c in rows]}
+
+    old = result(("one", "fp32", 1), ("gemma3_270m", "fp32", 1), ("gemma3_270m", "bf16", 1))
+    new = result(("gemma3_270m", "fp32", 2))
+    both = cli.merged(new, old)
+    assert [(row["sample"], row["dtype"], row["run"]) for row in both["rows"]] == [
+        ("one", "fp32", 1),
+        ("gemma3_270m", "fp32", 2),
+        ("gemma3_270m", "bf16", 1),
+    ]
+    assert both["ceilings"]["matmul_TFLOPs"] == {"fp32": 1.0, "bf16": 1.0}
+    other = result(("gemma3_270m", "fp32", 2), torch_version="3")
+    assert cli.merged(other, old) == other
+
+
 def test_the_table_round_trips(repository: Path) -> None:
     check, write = ["--check", "--root", str(repository)], ["--root", str(repository)]
     assert table.main(check) == 1

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vlkern.bench import report, runner
+from vlkern.bench.case import DTYPES, samples_of
 
 _RESULTS = Path("bench/results")
 
@@ -28,11 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where results go (default: {_RESULTS})")
 
 
+def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """`new` with those cases of `old` that it did not run, if both come from the same machine, versions and settings."""
+    if any(new[key] != old.get(key) for key in ("schema", "hardware", "versions", "settings")):
+        return new
+    ran = {(row["sample"], row["dtype"]) for row in new["rows"]}
+    rows = new["rows"] + [row for row in old["rows"] if (row["sample"], row["dtype"]) not in ran]
+    samples = [sample.name for sample in samples_of(new["op"]).SAMPLES]
+    rows.sort(key=lambda row: (samples.index(row["sample"]), list(DTYPES).index(row["dtype"])))
+    rates = {**old["ceilings"]["matmul_TFLOPs"], **new["ceilings"]["matmul_TFLOPs"]}
+    return {**new, "ceilings": {**new["ceilings"], "matmul_TFLOPs": rates}, "rows": rows}
+
+
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
     """Writes <folder>/<hardware>/<op>.json and, where matplotlib is installed, <op>.svg and <op>.png."""
     folder = folder / result["hardware"]["slug"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['op']}.json"
+    if path.exists():
+        result = merged(result, json.loads(path.read_text()))
     path.write_text(json.dumps(result, indent=1) + "\n")
     try:
         from vlkern.bench import plots
