@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vlkern.data.images import decode_image, to_unit
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
-from vlkern.data.text import ByteTokenizer
+from vlkern.data.text import ByteTokenizer, learn_merges
 
 __all__ = [
     "ByteTokenizer",
@@ -13,6 +13,7 @@ __all__ = [
     "Pairs",
     "clipart_mini",
     "decode_image",
+    "learn_merges",
     "load_pairs",
     "read_pairs",
     "to_unit",

@@ -1,6 +1,7 @@
 """`vlkern demo`: read, train, search, measure the loss, write the report."""
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 
 from vlkern import backends, data, info, models, ops
 from vlkern.bench.timing import recycle_memory
+from vlkern.data.text import FIRST_MERGE
 from vlkern.demo import opbench, report, search, training
 from vlkern.demo.progress import Bar
 from vlkern.errors import UserError
@@ -143,7 +145,8 @@ def run(args: argparse.Namespace) -> int:
     recycle_memory()
     config = models.siglip.PRESETS[MODEL]
     learn, held_out = _load(args.data or data.clipart_mini(), config.vision.image_size[0])
-    tokenizer = data.ByteTokenizer(config.text.length)
+    merges = data.learn_merges(itertools.chain(*learn.captions), config.text.vocabulary - FIRST_MERGE)
+    tokenizer = data.ByteTokenizer(config.text.length, merges)
 
     torch.manual_seed(args.seed)
     device, autocast = _device()

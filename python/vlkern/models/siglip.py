@@ -72,8 +72,8 @@ class SiglipConfig:
 _BASE = {"width": 768, "depth": 12, "heads": 12, "mlp": 3072}
 PRESETS = {
     "siglip-tiny": SiglipConfig(
-        VisionConfig(width=192, depth=4, heads=3, mlp=768, image_size=(48, 48), patch=8),
-        TextConfig(width=192, depth=4, heads=3, mlp=768, vocabulary=258, length=40),
+        VisionConfig(width=192, depth=4, heads=3, mlp=768, image_size=(32, 32), patch=8),
+        TextConfig(width=192, depth=2, heads=3, mlp=768, vocabulary=2048, length=16),
     ),
     "siglip2-base-patch16-256": SiglipConfig(
         VisionConfig(**_BASE, image_size=(256, 256), patch=16),
