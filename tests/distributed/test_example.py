@@ -11,7 +11,10 @@ from rooms import ROOT
 def test_example_of_the_documentation_trains(tmp_path):
     code = re.search(r"```python torchrun\n(.*?)```", (ROOT / "docs/distributed.md").read_text(), re.DOTALL).group(1)
     script = tmp_path / "train.py"
-    script.write_text(code)
+    # At exit, after everything is done, about one process in a hundred aborts ("terminate called without an active
+    # exception"): so does a script with DistributedDataParallel and gloo that does not import this library (2 x 25
+    # starts, PyTorch 2.11). The test is about the example, so it leaves before that.
+    script.write_text(code + "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     output = subprocess.run(torchrun, capture_output=True, text=True, timeout=120, env=environment)
