@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """`new` with those cases of `old` that it did not run, if both come from the same machine, versions and settings."""
+    """`new` plus those cases of `old` that it did not run, if machine, versions and settings are the same."""
     if any(new[key] != old.get(key) for key in ("schema", "hardware", "versions", "settings")):
         return new
     ran = {(row["sample"], row["dtype"]) for row in new["rows"]}
