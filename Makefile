@@ -42,10 +42,11 @@ clean:  ## remove everything that was made
 	rm -rf .venv build dist demo python/vlkern/*.so python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-peers.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(shell grep ^torch== requirements.txt)
 	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-peers.txt
 	touch $@
 
 .venv/built: .venv/installed $(NATIVE)
