@@ -6,7 +6,8 @@
 namespace vlkern {
 namespace {
 
-// The hardware prefetcher sleeps during a row's second pass, which reads L1 only; this keeps memory busy meanwhile.
+// The hardware prefetcher sleeps during a row's second pass, which reads L1 only; this keeps memory busy
+// meanwhile.
 template <class T>
 VLKERN_INLINE void prefetch_row(const T* row, int64_t n) {
   for (int64_t j = 0; j < n; j += int64_t(64 / sizeof(T))) __builtin_prefetch(row + j);
