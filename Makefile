@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/* csrc/*/* kernels/*/*))
 CXX_FILES = $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/* csrc/*/* kernels/*/* tests/*/* tests/*/*/*))
 
-.PHONY: help demo test bench lint gpu-check clean
+.PHONY: help demo test test-compilers test-python bench lint gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -14,8 +14,16 @@ demo: .venv/built  ## train a small SigLIP on real pictures, search them, write 
 	$(BIN)/vlkern demo
 
 test: lint  ## build, lint and run everything that needs no GPU
-	$(BIN)/python -m pytest
+	$(MAKE) --jobs 2 --output-sync test-compilers test-python
+
+# What compiles or interprets uses one core for minutes, so it runs beside the rest.
+COMPILERS := tests/triton tests/cuda tests/test_install.py tests/test_sanitizers.py
+test-compilers: .venv/built
+	$(BIN)/python -m pytest $(COMPILERS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py tests/kernels
+
+test-python: .venv/built
+	$(BIN)/python -m pytest $(COMPILERS:%=--ignore=%)
 
 bench: .venv/built  ## compare every op with its rivals, write bench/results/
 	$(BIN)/vlkern bench
