@@ -79,12 +79,13 @@ VLKERN_INLINE float exp_nonpositive(float x) {
   float n = (x * 1.44269504f + 12582912.0f) -
             12582912.0f;  // to the nearest integer: 1.5 * 2^23 shifts the fraction out
   float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln2 in two parts
-  float p = 0.00829764767f;
-  p = p * r + 0.0419154314f;
-  p = p * r + 0.166675751f;
-  p = p * r + 0.499988944f;
-  p = p * r + 0.999999692f;
-  p = p * r + 1.00000007f;
+  float p = 0.00138368352f;
+  p = p * r + 0.00837482405f;
+  p = p * r + 0.0416682262f;
+  p = p * r + 0.166664201f;
+  p = p * r + 0.499999921f;
+  p = p * r + 1.00000004f;
+  p = p * r + 1.0f;
   return p * std::bit_cast<float>(uint32_t(int32_t(n) + 127) << 23);
 }
 
@@ -108,7 +109,7 @@ VLKERN_INLINE float reciprocal_unit(float x) {
   float r = 1.457107f - 0.5f * x;
   r = r * (2.0f - x * r);
   r = r * (2.0f - x * r);
-  return r * (2.0f - x * r);
+  return r + r * (1.0f - x * r);  // this form loses nothing to rounding
 }
 
 }  // namespace vlkern
