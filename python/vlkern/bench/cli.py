@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="first sample, 3 rounds, no memory; writes only with --out"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--malloc",
+        choices=("recycle", "default"),
+        default="recycle",
+        help="CPU memory of all contestants (default: recycle)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where results go (default: {_RESULTS})")
 
 
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the benchmark. Returns the exit status: 2 after bad input, 1 when a contestant of ours was wrong, else 0."""
     try:
         settings = runner.settings(args.ops, args.samples, args.dtypes, args.repeats, args.device, args.quick)
+        settings = replace(settings, recycle=args.malloc == "recycle")
     except ValueError as problem:
         print(f"vlkern bench: {problem}", file=sys.stderr)
         return 2

@@ -78,17 +78,17 @@ def matmul_rate(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> floa
     return best
 
 
-def ceilings(device: str, dtypes: dict[str, torch.dtype], quick: bool = False) -> dict[str, Any]:
+def ceilings(device: str, dtypes: dict[str, torch.dtype], quick: bool = False, recycle: bool = True) -> dict[str, Any]:
     """Copy rates in GB/s, with and without recycled memory on the CPU, and matmul rates in TFLOP/s.
 
-    Turns recycling on for the rest of the process.
+    Turns recycling on for the rest of the process, if `recycle`.
     """
     mebibytes = 64 if quick else 512
     sizes = _MATMULS[device][: 1 if quick else None]
     found: dict[str, Any] = {}
     if device == "cpu":
         found["copy_GBps_default_malloc"] = copy_rates(device, mebibytes)
-        found["memory_is_recycled"] = recycle_memory()
+        found["memory_is_recycled"] = recycle and recycle_memory()
     found["copy_GBps"] = copy_rates(device, mebibytes)
     found["matmul_TFLOPs"] = {name: matmul_rate(device, dtype, sizes) for name, dtype in dtypes.items()}
     return found

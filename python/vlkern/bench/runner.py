@@ -32,6 +32,7 @@ class Settings:
     device: str = "cpu"
     quick: bool = False
     memory: bool = True
+    recycle: bool = True
 
 
 def _one_of(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -198,10 +199,13 @@ def _add_memory(case: Case, contestants: list[Contestant], rows: list[Row], say:
 def run(s: Settings, say: Say) -> dict[str, dict[str, Any]]:
     """op -> its results, as they are written to bench/results/<hardware>/<op>.json."""
     say("ceilings of this machine")
-    ceilings = machine.ceilings(s.device, {d: DTYPES[d] for d in s.dtypes}, s.quick)
+    ceilings = machine.ceilings(s.device, {d: DTYPES[d] for d in s.dtypes}, s.quick, s.recycle)
+    hardware = machine.hardware(s.device)
+    if not s.recycle:
+        hardware["slug"] += "-default-malloc"
     head = {
         "schema": SCHEMA,
-        "hardware": machine.hardware(s.device),
+        "hardware": hardware,
         "versions": machine.versions(),
         "settings": {"repeats": s.repeats, "device": s.device, "quick": s.quick},
         "ceilings": ceilings,

@@ -15,6 +15,7 @@ _COMMAND = "python -m vlkern.bench.table"
 def load(root: Path) -> list[dict[str, Any]]:
     """Every result under root/bench/results, by hardware and op. Raises ValueError when there is none."""
     paths = sorted((root / "bench/results").glob("*/*.json"))
+    paths = [path for path in paths if path.parent.name != "aot"]  # what compilers report, not times
     if not paths:
         raise ValueError(f"no results in {root / 'bench/results'}: run `vlkern bench` first")
     return [json.loads(path.read_text()) for path in paths]
