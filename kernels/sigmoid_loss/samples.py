@@ -67,9 +67,10 @@ def magnitudes(
     bias: torch.Tensor,
     valid: Any = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """For each gradient whose terms cancel, the sum of |terms|, to which its rounding errors are proportional.
+    """For each gradient the sum of |terms|, to which its rounding errors are proportional.
 
-    Those of scale and bias are sum g <x, y> and sum g, where g > 0 for negative pairs and g < 0 for positive ones.
+    The terms cancel: in sum g <x, y> and sum g, g > 0 for negative pairs and g < 0 for positive ones; in sum_j g_ij y_j
+    the y_j differ in sign, and with few channels almost nothing may be left.
     """
     rows, columns = valid if isinstance(valid, tuple) else (valid, valid)
     x, y = image.double(), text.double()
@@ -81,4 +82,5 @@ def magnitudes(
     g = grad.abs() / count * torch.sigmoid(-z * (scale.double() * dots + bias.double()))
     if rows is not None:
         g = g * rows[:, None] * columns
-    return None, None, (g * dots.abs()).sum(), g.sum()
+    scale = scale.double()
+    return scale * (g @ y.abs()), scale * (g.T @ x.abs()), (g * dots.abs()).sum(), g.sum()
