@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlkern import data
 from vlkern.data.augment import augment
@@ -65,6 +67,11 @@ class Batches:
             yield augment(data.to_unit(self.pixels[index]), self.generator), self._captions(index)
 
 
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU PyTorch's flash attention takes a third of a step for these 16 tokens; plain matmuls take a tenth."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
 def train(
     model: Siglip,
     recipe: Recipe,
@@ -87,9 +94,11 @@ def train(
         progress = budget.progress(len(history.losses), begin - start)
         if progress >= 1:
             break
-        loss = contrastive.step(
-            model, optimizer, recipe, progress, pixels.to(device), ids.to(device), autocast=autocast
-        )
+        rate = contrastive.learning_rate(recipe, len(history.losses), progress)
+        with _attention(device):
+            loss = contrastive.step(
+                model, optimizer, recipe, rate, pixels.to(device), ids.to(device), autocast=autocast
+            )
         end = time.perf_counter()
         history.losses.append(loss)
         history.seconds.append(end - begin)
