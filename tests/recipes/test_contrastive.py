@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, VisionConfig
+from vlkern.recipes import contrastive
+from vlkern.recipes.contrastive import Recipe
+
+CONFIG = SiglipConfig(VisionConfig(32, 1, 2, 64, (16, 16), 8), TextConfig(32, 1, 2, 64, 50, 6))
+
+
+def make(recipe):
+    torch.manual_seed(0)
+    model = Siglip(CONFIG)
+    return model, contrastive.optimizer(model, recipe)
+
+
+def test_every_parameter_is_in_one_group():
+    recipe = Recipe(batch=8, weight_decay=0.5, scalar_rate=10)
+    model, optimizer = make(recipe)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == len(names)
+    decay, rest, scalars = groups
+    assert scalars == {"logit_scale", "logit_bias"}
+    assert "vision_model.head.attention.in_proj_weight" in decay
+    assert not any("embedding" in name or name.endswith("bias") or "norm" in name for name in decay)
+    assert "text_model.embeddings.token_embedding.weight" in rest
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_learn_a_fixed_batch(autocast):
+    recipe = Recipe(batch=8, rate=3e-3, scalar_rate=10)
+    model, optimizer = make(recipe)
+    pixels = torch.rand(8, 3, 16, 16) * 2 - 1
+    ids = torch.randint(50, (8, 6))
+    losses = [
+        contrastive.step(model, optimizer, recipe, recipe.rate, pixels, ids, autocast=autocast) for _ in range(40)
+    ]
+    assert losses[0] > 9
+    assert losses[-1] < 1
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-3, 3e-3, 3e-2]
