@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+import torch
 from PIL import Image
 
 from vlkern import data
@@ -28,7 +29,7 @@ class Story:
     answers: Sequence[Sequence[tuple[int, float]]]
     points: Sequence[Point]
     explanation: str
-    dtype: str
+    dtype: torch.dtype
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -119,7 +120,7 @@ def _facts(facts: dict[str, str]) -> str:
 def page(story: Story) -> str:
     """The whole page as text."""
     time_chart, memory_chart = _op_charts(story.points)
-    r = story.retrieval
+    r, dtype = story.retrieval, str(story.dtype).removeprefix("torch.")
     answers = "".join(_answer(story.pairs, q, a) for q, a in zip(story.queries, story.answers, strict=True))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -137,8 +138,8 @@ picture counts as found, even where several would fit the words.</p>{_recall_tab
 <section><h2>Loss</h2><p>Each step, and its moving average.</p>
 <div class="charts one">{_loss_chart(story.history)}</div></section>
 <section><h2>The loss by itself</h2>
-<p>Forward and backward on random unit vectors, {story.dtype}, width {WIDTH}: the fused op beside the same formula in
-eager PyTorch, alternating in one process (median of five). Extra memory is the peak beyond inputs, results and
+<p>Forward and backward on random unit vectors, {dtype}, width {WIDTH}: the fused op beside the same formula in eager
+PyTorch, alternating in one process (median of five). Extra memory is the peak beyond inputs, results and
 gradients, in a fresh process: eager PyTorch keeps several B x B tensors, the fused op none.</p>
 <div class="charts">{time_chart}{memory_chart}</div>{_op_table(story.points)}
 <pre>{escape(story.explanation)}</pre></section>
