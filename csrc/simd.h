@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #define VLKERN_INLINE inline __attribute__((always_inline))
+#define VLKERN_INLINE_LAMBDA __attribute__((always_inline))
 #if defined(__clang__) || !defined(__x86_64__)
 #define VLKERN_SIMD
 #elif __GNUC__ >= 12
@@ -69,6 +70,61 @@ VLKERN_INLINE fp16 from_float<fp16>(float v) {
   result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // rounds to inf
   result = magnitude > 0x7f800000u ? 0x7e00u : result;   // NaN
   return fp16(uint16_t(result | sign), fp16::from_bits());
+}
+
+// A row of n elements as two streams, a and b, of `half` = n / 2, such that no element has to cross lanes of
+// a vector: of a 16-bit type the even and the odd elements, which share 32-bit words; of float the first and
+// the second half. An odd row's last element belongs to neither.
+struct Both {
+  float a, b;
+};
+
+VLKERN_INLINE Both load(const float* row, int64_t half, int64_t j) {
+  return {row[j], row[half + j]};
+}
+
+VLKERN_INLINE void store(float* row, int64_t half, int64_t j, float a, float b) {
+  row[j] = a;
+  row[half + j] = b;
+}
+
+using Word =
+    uint32_t __attribute__((may_alias, aligned(2)));  // rows of odd length are not aligned to 4 bytes
+
+VLKERN_INLINE Both load(const bf16* row, int64_t, int64_t j) {
+  uint32_t word = reinterpret_cast<const Word*>(row)[j];
+  return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
+}
+
+VLKERN_INLINE Both load(const fp16* row, int64_t, int64_t j) {
+  uint32_t word = reinterpret_cast<const Word*>(row)[j];
+  return {to_float(fp16(uint16_t(word), fp16::from_bits())),
+          to_float(fp16(uint16_t(word >> 16), fp16::from_bits()))};
+}
+
+template <class T>
+VLKERN_INLINE void store(T* row, int64_t, int64_t j, float a, float b) {
+  reinterpret_cast<Word*>(row)[j] = uint32_t(from_float<T>(a).x) | uint32_t(from_float<T>(b).x) << 16;
+}
+
+// Where element j of a row of n stands when stream a is laid out before stream b.
+template <class T>
+int64_t stream_position(int64_t j, int64_t n) {
+  return sizeof(T) == 4 || j == n / 2 * 2 ? j : j / 2 + (j % 2 ? n / 2 : 0);
+}
+
+// sum of term(j), j < n, in 32 partial sums: one would wait for each addition before the next.
+template <class F>
+VLKERN_INLINE float sum_of(int64_t n, F term) {
+  constexpr int kLanes = 32;
+  float lanes[kLanes] = {}, sum = 0;
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lanes[l] += term(j + l);
+  for (; j < n; ++j) sum += term(j);
+  for (int l = 0; l < kLanes; ++l) sum += lanes[l];
+  return sum;
 }
 
 // exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial for

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,16 @@ def test_the_table_needs_its_markers(tmp_path: Path) -> None:
         table.replaced("no markers", "")
     with pytest.raises(ValueError, match="no results"):
         table.load(tmp_path)
+
+
+def test_a_slow_contestant_is_reported_and_not_raced(clock: timing.Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(x: torch.Tensor, weight: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        time.sleep(0.2)
+        return rivals.rms_norm_formula(x, weight, **kwargs)
+
+    monkeypatch.setattr(runner, "PATIENCE", 0.1)
+    quick = Contestant("quick", partial(made, rivals.rms_norm_formula))
+    rows = rows_of([Contestant("slow", partial(made, slow)), quick], clock)
+    assert {(row["contestant"], row["status"]) for row in rows} == {("slow", "slow"), ("quick", "ok")}
+    assert all("one call takes 0 s" in row["reason"] for row in rows if row["contestant"] == "slow")
+    assert all(row["best_rival"] == "quick" for row in rows if row["contestant"] == "quick")

@@ -1,5 +1,6 @@
 """Runs the races: check every contestant, time the correct ones side by side, then weigh each alone."""
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from vlkern.bench.rivals import RACES, Absent, Contestant, Function
 SCHEMA = 1
 #: The pseudo-contestant that moves as many bytes as the case, in the same rounds.
 COPY = "copy (ceiling)"
+#: Who needs longer than this for one call is not raced: some CPUs have no fast bfloat16 matmul at all.
+PATIENCE = 20.0
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -90,18 +93,30 @@ def _built(contestants: Iterable[Contestant]) -> tuple[dict[str, Function], dict
     return functions, absent
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
 def _checked(
     case: Case, inputs: Inputs, functions: dict[str, Function], mode: str, want: list[torch.Tensor]
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Errors of the contestants that are right, and what is wrong with the others."""
+) -> tuple[dict[str, list[float]], dict[str, Row]]:
+    """Errors of the contestants that are right, and what keeps the others out of the race."""
     right: dict[str, list[float]] = {}
-    wrong: dict[str, str] = {}
+    out: dict[str, Row] = {}
     for name, function in functions.items():
         try:
+            begin = time.perf_counter()
             right[name] = errors(case, inputs, want, function, mode)
+            if case.huge or time.perf_counter() - begin < PATIENCE:
+                continue
+            # The first call may have compiled something.
+            if (seconds := _seconds(partial(inputs.run, function, mode))) > PATIENCE:
+                out[name] = {"status": "slow", "reason": f"one call takes {seconds:.0f} s, so it was not raced"}
         except Exception as problem:  # whatever a contestant does, the others race on
-            wrong[name] = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-    return right, wrong
+            out[name] = {"status": "failed", "reason": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
+    return right, out
 
 
 def _copy_call(nbytes: float, device: str) -> Callable[[], object]:
@@ -120,20 +135,20 @@ def _rows(
     functions: dict[str, Function],
     want: list[torch.Tensor],
 ) -> list[Row]:
-    right, wrong = _checked(case, inputs, functions, mode, want)
-    calls: dict[str, Callable[[], object]] = {n: partial(inputs.run, functions[n], mode) for n in right}
+    right, out = _checked(case, inputs, functions, mode, want)
+    calls: dict[str, Callable[[], object]] = {n: partial(inputs.run, functions[n], mode) for n in right if n not in out}
     work, ceiling = case.work(inputs, mode), RACES[case.op].ceiling
     if ceiling == "copy":
         calls[COPY] = _copy_call(work["bytes"], case.device)
     times = timing.race(calls, clock, 1 if case.huge else rounds, fixed=case.huge)
-    rivals = [c.name for c in contestants if not c.ours and c.name in right]
+    rivals = [c.name for c in contestants if not c.ours and c.name in calls]
     best = min(rivals, key=lambda n: timing.spread(times[n])["median"], default=None)
     rows = []
     for c in contestants:
         row: Row = {"contestant": c.name, "ours": c.ours, "status": "ok"}
-        if c.name in wrong:
-            row |= {"status": "failed", "reason": wrong[c.name]}
-        elif c.name in right:
+        if c.name in out:
+            row |= out[c.name]
+        elif c.name in calls:
             found, ms = right[c.name], times[c.name]
             row |= {"error": found[0], "gradient_error": max(found[1:], default=None)}
             row |= {"ms": timing.spread(ms), "rounds": len(ms)}
