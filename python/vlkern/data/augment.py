@@ -1,5 +1,7 @@
 """Random changes to pictures that leave their captions true, drawn from a generator."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -9,19 +11,27 @@ def _uniform(shape: tuple[int, ...], span: float, generator: torch.Generator) ->
     return (2 * torch.rand(shape, generator=generator) - 1) * span
 
 
-def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+class Changes(NamedTuple):
+    """What happens to each of B pictures: maps from places of the new picture to places of the old one, and colours."""
+
+    affine: torch.Tensor  # [B, 2, 3]
+    contrast: torch.Tensor  # [B, 1, 1, 1]
+    tint: torch.Tensor  # [B, 3, 1, 1]
+
+    def rows(self, part: slice) -> "Changes":
+        """Those of some of the pictures."""
+        return Changes(*(t[part] for t in self))
+
+
+def draw(count: int, generator: torch.Generator) -> Changes:
     """Mirror half of the pictures; turn, zoom, stretch and shift all of them; vary contrast and colour.
 
     Args:
-        pixels: [B, 3, S, S] float in [-1, 1] on the CPU; white is 1 and fills what comes in from outside.
+        count: number of pictures B.
         generator: of the CPU.
-
-    Returns:
-        [B, 3, S, S], a little beyond [-1, 1] in places.
     """
-    b = pixels.shape[0]
-    mirror = torch.where(torch.rand(b, generator=generator) < 0.5, -1.0, 1.0)
-    angle, zoom, stretch = (_uniform((b,), span, generator) for span in (0.2, 0.15, 0.15))
+    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    angle, zoom, stretch = (_uniform((count,), span, generator) for span in (0.2, 0.15, 0.15))
     x, y = (0.95 + zoom) * (1 + stretch), (0.95 + zoom) / (1 + stretch)
     affine = torch.stack(
         [
@@ -30,9 +40,33 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         ],
         dim=1,
     )
-    theta = torch.cat([affine, _uniform((b, 2, 1), 0.15, generator)], dim=2)
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    shift = _uniform((count, 2, 1), 0.15, generator)
+    contrast = 1 + 0.2 * torch.randn(count, 1, 1, 1, generator=generator)
+    tint = 0.1 * torch.randn(count, 3, 1, 1, generator=generator)
+    return Changes(torch.cat([affine, shift], dim=2), contrast, tint)
+
+
+def change(pixels: torch.Tensor, changes: Changes) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1], changed; white is 1 and fills what comes in from outside.
+
+    Returns:
+        [B, 3, H, W], a little beyond [-1, 1] in places.
+    """
+    affine, contrast, tint = (t.to(pixels.device) for t in changes)
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
     # Outside the picture grid_sample puts zeros, so white has to be zero while it runs.
     moved = 1 - F.grid_sample(1 - pixels, grid, align_corners=False)
-    contrast = 1 + 0.2 * torch.randn(b, 1, 1, 1, generator=generator)
-    return moved * contrast + 0.1 * torch.randn(b, 3, 1, 1, generator=generator)
+    return moved * contrast + tint
+
+
+def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`change` with what `draw` gives for as many pictures.
+
+    Args:
+        pixels: [B, 3, H, W] float in [-1, 1]; white is 1 and fills what comes in from outside.
+        generator: of the CPU.
+
+    Returns:
+        [B, 3, H, W], a little beyond [-1, 1] in places.
+    """
+    return change(pixels, draw(len(pixels), generator))
