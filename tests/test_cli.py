@@ -12,7 +12,7 @@ import shards
 
 import vlkern
 from vlkern._op import BACKENDS, REGISTRY
-from vlkern.cli import main
+from vlkern.cli import COMMANDS, main
 from vlkern.data import clipart_mini
 
 
@@ -34,7 +34,7 @@ def assert_one_line(done, *parts):
     ("arguments", "part"),
     [
         (["dmeo"], "unknown command 'dmeo' (did you mean 'demo'?)"),
-        (["frobnicate"], "unknown command 'frobnicate' (the commands are info, demo, bench)"),
+        (["frobnicate"], f"unknown command 'frobnicate' (the commands are {', '.join(COMMANDS)})"),
         (["--frobnicate"], "--frobnicate"),
         (["info", "--jsn"], "--jsn"),
         (["info", "extra"], "extra"),
@@ -90,7 +90,7 @@ def test_help_and_version(capsys):
         return out
 
     assert printed("--version").startswith(f"vlkern {vlkern.__version__} (torch ")
-    for command in ("info", "demo", "bench"):
+    for command in COMMANDS:
         assert f"\n  {command}" in printed("--help")
         assert printed(command, "--help").startswith(f"usage: vlkern {command}")
     assert main([]) == 0
@@ -124,7 +124,7 @@ def test_a_reader_that_leaves_early():
 
 def test_commands_are_imported_when_used():
     code = (
-        "import sys; from vlkern.cli import main\n"
+        "import sys; from vlkern.cli import COMMANDS, main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit(any(m in sys.modules for m in ('PIL', 'webdataset', 'rich', 'vlkern.demo', 'vlkern.bench')))"
@@ -133,6 +133,6 @@ def test_commands_are_imported_when_used():
 
 
 def test_missing_package_is_named():
-    code = "import sys; sys.modules['webdataset'] = None; from vlkern.cli import main; main(['demo'])"
+    code = "import sys; sys.modules['webdataset'] = None; from vlkern.cli import COMMANDS, main; main(['demo'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert_one_line(done, "`vlkern demo` needs webdataset: pip install 'vlkern[demo]'")

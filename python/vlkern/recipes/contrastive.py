@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from vlkern import ops
-from vlkern.models.siglip import Siglip
+from vlkern.models.siglip import Siglip, SiglipConfig
+from vlkern.train.updates import update
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class Recipe:
     batch         pairs per step, B
     rate          peak learning rate; it rises linearly for `warm_up` steps and falls as a cosine over the run
     scalar_rate   multiple of it for temperature and bias of the loss
-    weight_decay  decoupled, on matrices only
+    layer_decay   multiple of it for a block, relative to the block above; 1 treats all alike
+    weight_decay  the part of a matrix that a step takes away at the peak rate, whatever that rate is, as in big_vision
     betas         of Adam
     clip          largest norm of the gradient
     """
@@ -28,25 +32,54 @@ class Recipe:
     clip: float = 1.0
     warm_up: int = 100
     scalar_rate: float = 1.0
+    layer_decay: float = 1.0
+
+
+class Objective(nn.Module):
+    """The sigmoid loss of a two-tower model; over several ranks with `group`, as docs/distributed.md says."""
+
+    def __init__(self, model: Siglip, group: Any = None) -> None:
+        super().__init__()
+        self.model, self._group = model, group
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[b, 3, H, W] in [-1, 1] and [b, L] of this rank -> its loss [], from float32 embeddings even in autocast."""
+        image, text = self.model(pixels, ids)
+        with torch.autocast(pixels.device.type, enabled=False):
+            scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
+            return ops.sigmoid_contrastive_loss(image, text, scale, bias, group=self._group)
+
+
+def _height(name: str, config: SiglipConfig) -> int:
+    """How many blocks stand between a parameter and the loss; that of a block counts itself, embeddings count all."""
+    depth = config.vision.depth if name.startswith("vision_model.") else config.text.depth
+    if ".encoder.layers." in name:
+        return depth - int(name.split(".encoder.layers.")[1].split(".")[0])
+    return depth + 1 if ".embeddings." in name else 0
 
 
 def optimizer(model: Siglip, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; biases, norms, embeddings, temperature and bias of the loss do not decay."""
-    scalars = [model.logit_scale, model.logit_bias]
-    decay = [p for name, p in model.named_parameters() if p.dim() > 1 and "embedding" not in name]
-    chosen = set(map(id, scalars + decay))
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    groups = [
-        {"params": decay, "weight_decay": recipe.weight_decay, "multiple": 1.0},
-        {"params": rest, "weight_decay": 0.0, "multiple": 1.0},
-        {"params": scalars, "weight_decay": 0.0, "multiple": recipe.scalar_rate},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.rate, betas=recipe.betas, fused=True)
+    """AdamW of what is not frozen; biases, norms, embeddings, temperature and bias of the loss do not decay."""
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name in ("logit_scale", "logit_bias"):
+            kind, multiple = "scalars", recipe.scalar_rate
+        else:
+            kind = "decay" if p.dim() > 1 and "embedding" not in name else "rest"
+            multiple = recipe.layer_decay ** _height(name, model.config)
+        # PyTorch multiplies the decay with the learning rate.
+        decay = recipe.weight_decay / (recipe.rate * multiple) if kind == "decay" else 0.0
+        group = groups.setdefault((kind, multiple), {"params": [], "weight_decay": decay, "multiple": multiple})
+        group["params"].append(p)
+    ordered = [groups[key] for key in sorted(groups, key=lambda k: (("decay", "rest", "scalars").index(k[0]), -k[1]))]
+    return torch.optim.AdamW(ordered, lr=recipe.rate, betas=recipe.betas, fused=True)
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
     """The rate of step 0, 1, ..., `progress` in [0, 1] of the run being over."""
-    return recipe.rate * min((step + 1) / recipe.warm_up, 1.0) * (1 + math.cos(math.pi * progress)) / 2
+    return recipe.rate * min((step + 1) / max(recipe.warm_up, 1), 1.0) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def step(
@@ -59,17 +92,9 @@ def step(
     *,
     autocast: bool,
 ) -> float:
-    """One update on B pairs at this learning rate. Returns the loss before the update.
+    """One update on B pairs at this learning rate, on one process. Returns the loss before the update.
 
     With `autocast` the towers run in bfloat16. The loss takes float32 embeddings either way.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["multiple"]
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=autocast):
-        image, text = model(pixels, ids)
-    loss = ops.sigmoid_contrastive_loss(image, text, model.logit_scale.exp(), model.logit_bias)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    optimizer.step()
+    loss, _ = update(Objective(model), optimizer, rate, (pixels, ids), clip=recipe.clip, autocast=autocast)
     return loss.item()

@@ -1,0 +1,34 @@
+"""`vlkern train RECIPE`."""
+
+import argparse
+from importlib import import_module
+
+from vlkern.errors import UserError
+from vlkern.train import options
+from vlkern.train.ranks import join
+
+#: recipe -> (module with add_arguments(parser) and train(args, ranks), what it trains)
+RECIPES = {"siglip": ("vlkern.train.siglip", "two towers with the sigmoid loss")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A sub-command for each recipe."""
+    recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
+    for name, (module, text) in RECIPES.items():
+        recipe = recipes.add_parser(name, help=text, description=f"Train {text}.")
+        import_module(module).add_arguments(recipe)
+        options.add_learning(recipe)
+        options.add_tuning(recipe)
+        options.add_run(recipe)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train. Raises UserError for everything that the user can mend."""
+    with join(args.device) as ranks:
+        try:
+            import_module(RECIPES[args.recipe][0]).train(args, ranks)
+        except UserError as error:
+            if ranks.first:
+                raise
+            raise UserError(f"rank {ranks.rank}: {error}") from error
+    return 0

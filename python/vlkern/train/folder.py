@@ -1,0 +1,98 @@
+"""The folder of a run: who may write there, and files that are whole or not there."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from vlkern.errors import UserError
+
+
+def reason(error: BaseException) -> str:
+    """Why writing or reading failed, in one line; what the operating system said first, if it said something."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def sync(folder: Path) -> None:
+    """Make renames in it outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file at once.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        with part.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({reason(error)})") from error
+
+
+class RunFolder:
+    """`path`, which this process alone writes to until it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    def begin(self) -> None:
+        """Take a new folder, or an empty one; files whose names begin with a dot do not count.
+
+        Raises:
+            UserError: something is there, or it cannot be written.
+        """
+        self._take()
+        if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+            hint = "continue it with --resume, or choose another" if self._config.exists() else "choose another"
+            raise UserError(f"--out {self.path}: the folder is not empty ({hint})")
+
+    def resume(self) -> dict[str, Any]:
+        """Take a folder where a run began: its config.json.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self._config.is_file():
+            raise UserError(f"--resume: nothing to resume in {self.path} (no config.json)")
+        self._take()
+        try:
+            config = json.loads(self._config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._config}: cannot read ({reason(error)})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{self._config}: expected an object, got {type(config).__name__}")
+        return config
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.json"
+
+    def _take(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # A record lock goes with the process, however it ends, and forked workers do not inherit it.
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot write there ({reason(error)})") from error
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--out {self.path}: another process is training there") from error

@@ -1,0 +1,148 @@
+"""The loop that trains every recipe.
+
+Which data a step sees, and what chance does in it, depends on the seed and the number of the step alone. So the state
+of a run is its weights, its optimizer and that number, and a run that was killed ends with the same bits as one that
+was not.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from vlkern.errors import UserError
+from vlkern.train.checkpoint import Checkpoints, Progress
+from vlkern.train.log import Log, peak_memory
+from vlkern.train.progress import say
+from vlkern.train.ranks import Ranks
+from vlkern.train.task import Task
+from vlkern.train.updates import update
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes.
+
+    steps        updates in all
+    batch        examples in an update, over all ranks
+    clip         largest norm of the gradient
+    autocast     run the objective in bfloat16 where that is safe
+    parallel     "ddp" or "fsdp"
+    seed         of what chance does inside the model
+    save_every   steps between checkpoints, of which `keep` stay; there is one more at the end
+    log_every    steps between records
+    """
+
+    steps: int
+    batch: int
+    clip: float
+    autocast: bool
+    parallel: str
+    seed: int
+    save_every: int
+    keep: int
+    log_every: int
+
+
+class _Watch:
+    """Losses and norms, left on the device until they are looked at, and the time."""
+
+    def __init__(self, ranks: Ranks, start: Progress) -> None:
+        self._ranks, self._before = ranks, start.seconds
+        self._pending: list[torch.Tensor] = []
+        self._begin = self._lap = time.perf_counter()
+        self._lap_step = start.step
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """What a step gave."""
+        self._pending.append(torch.stack([loss, norm]).float())
+
+    def look(self, step: int, failed: bool) -> tuple[float, float, bool]:
+        """Loss over all ranks and norm of the latest step, number `step`, and whether anything failed on any rank.
+
+        Raises:
+            UserError: a loss or a norm is not finite; on every rank.
+        """
+        flag = torch.full((1, 2), float(failed), device=self._pending[0].device)
+        *rows, flags = self._ranks.mean(torch.cat([torch.stack(self._pending), flag])).tolist()
+        first = step - len(rows) + 1
+        self._pending.clear()
+        for number, (loss, norm) in enumerate(rows, first):
+            for name, value in (("loss", loss), ("norm of the gradient", norm)):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"step {number}: the {name} is {value}. Lower --lr, raise --warmup or lower --clip; "
+                        "with --precision fp32 it may go away. No checkpoint has been written since"
+                    )
+        return rows[-1][0], rows[-1][1], flags[0] > 0
+
+    def seconds(self) -> float:
+        """Spent on this run so far, also before it was resumed."""
+        return self._before + time.perf_counter() - self._begin
+
+    def lap(self, step: int) -> float:
+        """Steps per second since the last call."""
+        now = time.perf_counter()
+        speed = (step - self._lap_step) / (now - self._lap)
+        self._lap, self._lap_step = now, step
+        return speed
+
+
+def _chance(seed: int, number: int, rank: int) -> None:
+    """Seed PyTorch's generators: so their state need not be saved."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + rank) % 2**64)
+
+
+def train(task: Task, plan: Plan, ranks: Ranks, folder: Path, run: str) -> None:
+    """Train, or continue from the newest checkpoint in `folder`, and write the trained model to folder/model.
+
+    Args:
+        task: what to train.
+        plan: how.
+        ranks: where.
+        folder: exists; gets log.jsonl, tensorboard/, checkpoints/ and model/.
+        run: says which run this is; a checkpoint of another one is refused.
+
+    Raises:
+        UserError: the loss is not finite, or something could not be written. Checkpoints already there stay.
+    """
+    objective = ranks.spread(task.objective, task.blocks(), plan.parallel)
+    optimizer = task.optimizer()
+    checkpoints = Checkpoints(folder / "checkpoints", ranks, keep=plan.keep, run=run)
+    left = checkpoints.clean()
+    start = checkpoints.restore(task.model, optimizer)
+    if ranks.first:
+        if left:
+            say("resume", f"removed unfinished checkpoints: {', '.join(left)}")
+        if start.step:
+            say("resume", f"after step {start.step} of {plan.steps}")
+    with Log(folder, start.step, plan.steps, first=ranks.first) as log:
+        watch = _Watch(ranks, start)
+        batches = task.batches(start.step) if start.step < plan.steps else iter(())
+        for number, batch in zip(range(start.step, plan.steps), batches, strict=False):
+            _chance(plan.seed, number, ranks.rank)
+            rate, step = task.rate(number), number + 1
+            prepared = task.prepare(batch, number)
+            watch.add(*update(objective, optimizer, rate, prepared, clip=plan.clip, autocast=plan.autocast))
+            last = step == plan.steps
+            save, show = last or step % plan.save_every == 0, last or step == 1 or step % plan.log_every == 0
+            # On a GPU looking means waiting for it.
+            if save or show or ranks.device.type == "cpu":
+                loss, norm, failed = watch.look(step, checkpoints.failed)
+                if failed:
+                    checkpoints.finish()
+            log.advance(step)
+            if show:
+                record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, **task.numbers()}
+                record["examples_per_second"] = watch.lap(step) * plan.batch
+                log.write({**record, "seconds": watch.seconds(), "peak_memory": peak_memory(ranks.device)})
+            if save:
+                log.sync()
+                checkpoints.save(Progress(step, watch.seconds()), task.model, optimizer)
+            checkpoints.publish()
+        checkpoints.finish()
+    weights = get_model_state_dict(task.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    ranks.agree(lambda: task.save(weights, folder / "model"))
