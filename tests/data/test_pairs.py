@@ -109,7 +109,7 @@ BAD = {
     "no captions": ({"x.png": shards.picture(), "x.json": b"{}"}, "captions"),
     "empty captions": ({"x.png": shards.picture(), "x.json": b'{"captions": []}'}, "captions"),
     "caption is no string": ({"x.png": shards.picture(), "x.json": b'{"captions": [3]}'}, "captions"),
-    "json is a list": ({"x.png": shards.picture(), "x.json": b"[1]"}, "captions"),
+    "json is a list": ({"x.png": shards.picture(), "x.json": b"[1]"}, "object"),
 }
 
 

@@ -1,20 +1,29 @@
-"""Image-text pairs: WebDataset shards, pictures, tokens, and the small set that comes with the package."""
+"""Image-text pairs: WebDataset shards, pictures, batches, tokens, and the small set that comes with the package."""
 
 from pathlib import Path
 
+from vlkern.data.batches import batches
 from vlkern.data.images import decode_image, to_unit
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
+from vlkern.data.shards import PairShards, find_shards
 from vlkern.data.text import ByteTokenizer, learn_merges
+from vlkern.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
     "ByteTokenizer",
     "DataError",
     "Pair",
+    "PairShards",
     "Pairs",
+    "Tokenizer",
+    "batches",
+    "check_vocabulary",
     "clipart_mini",
     "decode_image",
+    "find_shards",
     "learn_merges",
     "load_pairs",
+    "load_tokenizer",
     "read_pairs",
     "to_unit",
 ]

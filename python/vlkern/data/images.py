@@ -1,4 +1,4 @@
-"""Pictures: bytes of a file -> square uint8 tensor -> the range that the models take."""
+"""Pictures: bytes of a file -> uint8 tensor of the size of the model -> the range that the models take."""
 
 import io
 
@@ -6,29 +6,51 @@ import numpy as np
 import torch
 from PIL import Image
 
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
-def decode_image(data: bytes, size: int) -> torch.Tensor:
-    """Decode any format that Pillow knows and squeeze it to a square, as SigLIP does (the aspect ratio is not kept).
 
-    Transparent pictures are laid on white. Bilinear with antialiasing.
+def check_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) from (H, W) or the side of a square.
+
+    Raises:
+        ValueError: not one or two whole numbers above 0.
+    """
+    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"image_size must be one or two whole numbers above 0 (height, width), got {image_size!r}")
+    return pair[0], pair[1]
+
+
+def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "bilinear") -> torch.Tensor:
+    """Decode any format that Pillow knows and squeeze it to `size`, as SigLIP does (the aspect ratio is not kept).
+
+    Transparent pictures are laid on white; of a moving picture the first frame is taken. Both filters are antialiased:
+    Pillow's grow with the reduction.
 
     Args:
         data: contents of the image file.
-        size: side of the square S, in pixels.
+        size: (H, W) in pixels, or the side of a square.
+        resample: "bilinear" (SigLIP 2) or "bicubic" (Hugging Face's processor of SigLIP 1, open_clip).
 
     Returns:
-        [3, S, S] uint8, RGB.
+        [3, H, W] uint8, RGB.
 
     Raises:
-        OSError, ValueError, SyntaxError: Pillow cannot decode the data (it uses all three).
+        ValueError: `resample` or `size` is none of these, or the data is no picture that Pillow can decode.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        image: Image.Image = opened
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    if resample not in _FILTERS:
+        raise ValueError(f"resample must be one of {', '.join(_FILTERS)}, got {resample!r}")
+    height, width = check_size(size)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image: Image.Image = opened
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            resized = image.convert("RGB").resize((width, height), _FILTERS[resample])
+    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
+        raise ValueError(f"no readable picture: {error or type(error).__name__}") from error
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:

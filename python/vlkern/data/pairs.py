@@ -1,9 +1,9 @@
-"""Image-text pairs from WebDataset shards: tar files of `key.webp` (or .jpg, .jpeg, .png) and `key.json`."""
+"""Image-text pairs in WebDataset shards (tars of `key.webp` and `key.json`, say): what a pair is, and small sets."""
 
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ import webdataset
 from vlkern.data.images import decode_image
 from vlkern.errors import UserError
 
-_IMAGES = ("webp", "jpg", "jpeg", "png")
+#: Suffixes of pictures; of several in one sample the first in this order is taken.
+IMAGES = ("webp", "jpg", "jpeg", "png", "gif", "bmp", "tif", "tiff", "avif")
 _UNREADABLE = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 
@@ -23,12 +24,17 @@ class DataError(UserError):
 
 
 class Pair(NamedTuple):
-    """One picture, as [3, S, S] uint8 and as the file it came from, with at least one caption."""
+    """One picture, as [3, H, W] uint8 and as the file it came from, with at least one caption."""
 
     key: str
     pixels: torch.Tensor
     captions: tuple[str, ...]
     file: bytes
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 @dataclass
@@ -61,18 +67,73 @@ def _verify(path: Path) -> None:
         raise DataError(f"{path}: not a readable tar file ({error})") from error
 
 
-def _decode(sample: dict[str, Any], size: int) -> Pair:
-    """A raw sample as a pair. Raises ValueError, OSError or SyntaxError (all of Pillow's) when a part is bad."""
-    image = next((sample[suffix] for suffix in _IMAGES if suffix in sample), None)
-    if image is None:
-        raise ValueError(f"no image ({', '.join(_IMAGES)})")
-    if "json" not in sample:
-        raise ValueError("no .json")
-    record = json.loads(sample["json"])
-    captions = record.get("captions") if isinstance(record, dict) else None
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
-        raise ValueError("the .json needs `captions`, a list of at least one string")
-    return Pair(sample["__key__"], decode_image(image, size), tuple(captions), image)
+def image_suffix(suffixes: Iterable[str]) -> str:
+    """The member of a sample that holds its picture. Raises ValueError if there is none."""
+    present = set(suffixes)
+    found = next((suffix for suffix in IMAGES if suffix in present), None)
+    if found is None:
+        raise ValueError(f"no image ({', '.join(IMAGES)})")
+    return found
+
+
+def caption_suffix(suffixes: Iterable[str], key: str | None) -> str:
+    """The member of a sample that holds its captions: .txt, or else .json. A `key` is looked up in the .json."""
+    present = set(suffixes)
+    if key is None and "txt" in present:
+        return "txt"
+    if "json" not in present:
+        raise ValueError("no .json" + (" or .txt" if key is None else ""))
+    return "json"
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """A .json member. Raises ValueError unless it is an object."""
+    record = json.loads(data)
+    if not isinstance(record, dict):
+        raise ValueError("the .json must be an object")
+    return record
+
+
+def parse_captions(suffix: str, data: bytes, key: str | None) -> tuple[str, ...]:
+    """The captions of a sample, at least one.
+
+    Args:
+        suffix: txt or json.
+        data: contents of that member.
+        key: where they are in the .json, with dots between the steps (`names.de`); there may be a string, a list of
+            strings, or an object whose values are these. None is `captions`, or else `caption`.
+
+    Raises:
+        ValueError: nothing there, something else there, an empty caption or one that has no UTF-8 form.
+    """
+    if suffix == "txt":
+        captions, place = [data.decode("utf-8").strip()], "the .txt needs a caption"
+    else:
+        found: Any = parse_record(data)
+        steps = key.split(".") if key else ["captions" if "captions" in found else "caption"]
+        for step in steps:
+            found = found.get(step) if isinstance(found, dict) else None
+        captions = _strings(found)
+        place = f"the .json needs `{key or 'captions'}`, a list of at least one string"
+    if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+        raise ValueError(place)
+    for caption in captions:
+        caption.encode("utf-8")  # \ud800 is valid JSON, but no text
+    return tuple(captions)
+
+
+def _strings(found: Any) -> list[Any]:
+    """A string, a list or an object of such as one flat list."""
+    if isinstance(found, dict):
+        return [caption for value in found.values() for caption in _strings(value)]
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _decode(sample: Mapping[str, Any], size: int) -> Pair:
+    """A raw sample as a pair. Raises ValueError when a part is bad."""
+    image, text = image_suffix(sample), caption_suffix(sample, None)
+    captions = parse_captions(text, sample[text], None)
+    return Pair(sample["__key__"], decode_image(sample[image], size), captions, sample[image])
 
 
 def read_pairs(
@@ -100,7 +161,7 @@ def read_pairs(
             for sample in samples:
                 try:
                     pair = _decode(sample, size)
-                except (ValueError, OSError, SyntaxError) as error:
+                except ValueError as error:
                     skipped.append(f"{path}: sample {sample['__key__']}: {' '.join(str(error).split())}")
                     if len(skipped) > bad_limit:
                         raise DataError(f"more than {bad_limit} bad samples; the last: {skipped[-1]}") from error

@@ -2,16 +2,23 @@
 
 import functools
 import itertools
+import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
+
+from vlkern.data.pairs import DataError
 
 Merges = Sequence[tuple[int, int]]
 
 PAD, END, FIRST_BYTE = 0, 1, 2
 FIRST_MERGE = FIRST_BYTE + 256
+#: The file in which a ByteTokenizer keeps its merges.
+BYTE_PAIRS = "byte_pairs.json"
 #: A word takes the blank before it along; merges never cross words.
 _WORD = re.compile(r"\s?[^\W_]+|\s?[^\w\s]+|\s+|_+")
 
@@ -103,7 +110,7 @@ class ByteTokenizer:
     def __init__(self, length: int, merges: Merges = ()) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        self.length = length
+        self.length, self.merges = length, list(merges)
         self._rank = {pair: i for i, pair in enumerate(merges)}
         self._bytes = {b + FIRST_BYTE: bytes([b]) for b in range(256)}
         for i, (left, right) in enumerate(merges):
@@ -122,6 +129,12 @@ class ByteTokenizer:
             word = _merge(word, pair, FIRST_MERGE + self._rank[pair])
         return word
 
+    def __getstate__(self) -> tuple[int, Merges]:
+        return self.length, self.merges  # the cache of words cannot be pickled
+
+    def __setstate__(self, state: tuple[int, Merges]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """B strings -> [B, L] int64."""
         if isinstance(texts, str):
@@ -139,3 +152,29 @@ class ByteTokenizer:
             tokens = row[: row.index(END)] if END in row else row
             texts.append(b"".join(self._bytes.get(t, b"") for t in tokens).decode("utf-8", "replace").removeprefix(" "))
         return texts
+
+    def save(self, folder: str | Path) -> None:
+        """Write the merges to byte_pairs.json in an existing folder."""
+        write_file(Path(folder) / BYTE_PAIRS, json.dumps({"merges": self.merges}).encode())
+
+    @classmethod
+    def load(cls, path: Path, length: int) -> "ByteTokenizer":
+        """The tokenizer of a byte_pairs.json. Raises DataError if it holds anything else."""
+        try:
+            merges = [(left, right) for left, right in json.loads(path.read_bytes())["merges"]]
+            if any(t not in range(FIRST_BYTE, FIRST_MERGE + i) for i, pair in enumerate(merges) for t in pair):
+                raise ValueError("a merge of tokens that are not there yet")
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: no merges of a byte tokenizer ({error})") from error
+        return cls(length, merges)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write all of it or nothing: under another name first. Raises DataError if the folder takes no file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
