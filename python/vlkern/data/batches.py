@@ -95,10 +95,10 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """An endless stream of shuffled batches, the part of one rank.
 
-    Global batch number s is a function of (`seed`, s) alone, the same for any `world` and `workers`, so s is all that a
-    checkpoint has to keep. With N samples and a global batch of B, pass e = s // (N // B) has an order of its own, of
-    which batch s takes the next B samples and rank r the r-th of `world` equal slices. Every sample comes at most once in
-    a pass; the N % B at the end of its order sit that pass out. Of several captions one is drawn.
+    Global batch number s is a function of (`seed`, s) alone, the same for any `world` and `workers`, so s is all that
+    a checkpoint has to keep. With N samples and a global batch of B, pass e = s // (N // B) has an order of its own,
+    of which batch s takes the next B samples and rank r the r-th of `world` equal slices. Every sample comes at most
+    once in a pass; the N % B at the end of its order sit that pass out. Of several captions one is drawn.
 
     A picture that cannot be read is replaced, see `PairShards`; what this rank met is in `dataset.skipped`. The
     global generators of PyTorch and NumPy are not touched. One pass's order takes 24 N bytes.

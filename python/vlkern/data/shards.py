@@ -40,8 +40,11 @@ class _File:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes. Raises ValueError when the file has become shorter."""
-        data = os.pread(self.descriptor, size, offset)
+        """Exactly `size` bytes. Raises ValueError when they cannot be read, or the file has become shorter."""
+        try:
+            data = os.pread(self.descriptor, size, offset)
+        except OSError as error:
+            raise ValueError(f"the shard cannot be read ({error.strerror})") from error
         if len(data) != size:
             raise ValueError(f"the shard ends inside it, {len(data)} of {size} bytes are there")
         return data
@@ -84,15 +87,15 @@ class PairShards(Dataset[Pair]):
     The headers are read once, when this is built (captions are read and checked then, too); what stays in memory is 29
     bytes a sample and its key, about 0.4 GB for 10 million. It can be pickled, and workers may be forked or spawned.
 
-    A pair is what WebDataset calls a sample: members that follow each other and share their name up to its first dot. One
-    is a picture (webp, jpg, png, gif, bmp, tiff, avif), one holds captions: .txt, or .json with `captions` (a list) or
-    `caption` (a string).
+    A pair is what WebDataset calls a sample: members that follow each other and share their name up to its first dot.
+    One is a picture (webp, jpg, png, gif, bmp, tiff, avif), one holds captions: .txt, or .json with `captions` (a
+    list) or `caption` (a string).
 
     What cannot be used is left out and has a line in `skipped`: a sample without picture or caption, a caption that is
-    not UTF-8, a damaged header, a shard that is cut off. So `len(shards)` and the lines of a new `skipped` add up to what
-    the tars hold (where one damaged place hides several samples, it is one line). Pictures are decoded only when asked
-    for. One that cannot be decoded keeps its number and gets a line, too; the next readable one in the order of the index
-    (after the last comes the first) stands in for it, so `shards[i]` depends on i alone.
+    not UTF-8, a damaged header, a shard that is cut off. So `len(shards)` and the lines of a new `skipped` add up to
+    what the tars hold (where one damaged place hides several samples, it is one line). Pictures are decoded only when
+    asked for. One that cannot be decoded keeps its number and gets a line, too; the next readable one in the order of
+    the index (after the last comes the first) stands in for it, so `shards[i]` depends on i alone.
 
     Args:
         shards: tar files, folders of them, or patterns such as train-*.tar; see `find_shards`.
@@ -181,6 +184,8 @@ class PairShards(Dataset[Pair]):
                 size += len(key)
                 keys.append(key)
                 entries.append((*entry, size))
+        if damage and damage[0].start == 0 and not entries:
+            raise DataError(f"{path}: not a tar file ({damage[0]})")
         for place in damage:
             self._leave_out(path, str(place))
         self._keys.append(b"".join(keys))

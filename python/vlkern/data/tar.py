@@ -2,15 +2,16 @@
 
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-BLOCK = tarfile.BLOCKSIZE
+BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _CHUNK = 2048 * BLOCK
-_PAX_RECORD = re.compile(rb"\d+ (path|size)=([^\n]*)\n")
+_PAX_FIELD = re.compile(rb"\d+ (path|size)=([^\n]*)\n")
+_REGULAR = (b"0", b"\0", b"7")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders
 #: Folder and name up to the first dot are the key of a sample, the rest is the suffix.
 _NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
 #: Kinds of compression by the first bytes of a file.
@@ -41,12 +42,27 @@ def packing(head: bytes) -> str | None:
     return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
 
 
-def _header(block: bytes) -> tarfile.TarInfo | None:
-    """A block read as a header; None if its checksum is wrong."""
+class _Header(NamedTuple):
+    name: bytes
+    size: int
+    kind: bytes
+
+
+def _number(digits: bytes) -> int:
+    """Octal digits, or the binary form that GNU tar uses for 8 GiB and more."""
+    return int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else int(digits.strip(b" \0") or b"0", 8)
+
+
+def _header(block: bytes) -> _Header | None:
+    """A block read as a header; None if its checksum is wrong. (Python's TarInfo.frombuf takes six times as long.)"""
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+        if sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(block[148:156]):
+            return None
+        name, size = block[:100].partition(b"\0")[0], _number(block[124:136])
+    except ValueError:
         return None
+    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    return _Header(prefix + b"/" + name if prefix else name, size, block[156:157])
 
 
 def _only_zeros(fd: int, start: int, end: int) -> bool:
@@ -77,7 +93,7 @@ def members(fd: int) -> Iterator[Member | Damage]:
         Member or Damage. Directories, links and the like are left out; long names (GNU and pax) are understood.
     """
     end, at = os.fstat(fd).st_size, 0
-    name, size = None, None  # from extended headers, for the member that follows them
+    long_name, long_size = None, None  # from extended headers, for the member that follows them
     while True:
         block = os.pread(fd, BLOCK, at)
         if len(block) < BLOCK:
@@ -91,31 +107,26 @@ def members(fd: int) -> Iterator[Member | Damage]:
             yield Damage(at, after, "no valid header")
             if after == end:
                 return
-            at, name, size = after, None, None
+            at, long_name, long_size = after, None, None
             continue
-        data = at + BLOCK
-        if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            extension = os.pread(fd, header.size, data)
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                name = extension.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            for key, value in _PAX_RECORD.findall(extension) if header.type != tarfile.GNUTYPE_LONGNAME else ():
-                if key == b"path":
-                    name = value.decode("utf-8", "surrogateescape")
-                elif value.isdigit():
-                    size = int(value)
-            at = data + -(-header.size // BLOCK) * BLOCK
-            continue
-        length = header.size if size is None else size
-        if not header.isreg() and header.type in tarfile.SUPPORTED_TYPES:
-            length = length if header.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK) else 0
-        if data + length > end:
-            yield Damage(at, end, f"cut off inside {name or header.name}")
+        name = (header.name if long_name is None else long_name).decode("utf-8", "surrogateescape")
+        size = header.size if long_size is None else long_size
+        size = 0 if header.kind in _WITHOUT_DATA else size
+        at += BLOCK
+        if at + size > end:
+            yield Damage(at - BLOCK, end, f"cut off inside {name}")
             return
-        if header.isreg():
-            yield Member(name or header.name, data, length)
-        at = data + -(-length // BLOCK) * BLOCK
-        if header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-            name, size = None, None
+        if header.kind == b"L":
+            long_name = os.pread(fd, size, at).rstrip(b"\0")
+        elif header.kind in (b"x", b"X"):
+            fields = dict(_PAX_FIELD.findall(os.pread(fd, size, at)))
+            long_name = fields.get(b"path", long_name)
+            long_size = int(fields[b"size"]) if b"size" in fields else long_size
+        elif header.kind not in (b"K", b"g"):
+            long_name, long_size = None, None
+            if header.kind in _REGULAR and not name.endswith("/"):
+                yield Member(name, at, size)
+        at += -(-size // BLOCK) * BLOCK
 
 
 @dataclass

@@ -49,6 +49,8 @@ class _FileTokenizer:
         self.content = path.read_bytes()
         try:
             self._load()
+        except ImportError as error:
+            raise DataError(f"{path}: needs {error.name}: pip install 'vlkern[data]'") from error
         except Exception as error:  # the libraries raise plain Exception and RuntimeError
             raise DataError(f"{path}: not a readable tokenizer ({error})") from error
         self.end = self._special("eos_token", _ENDS)
@@ -162,8 +164,9 @@ def load_tokenizer(source: str | Path, length: int) -> Tokenizer:
     """A tokenizer by the rule of SigLIP 2, or of SigLIP 1 where the files say so.
 
     SigLIP 2: lower-case, no start token, pieces, end token, pads; a text that is too long keeps its first length - 1
-    pieces and the end token. SigLIP 1, where a tokenizer_config.json beside the file has `SiglipTokenizer` as its class:
-    also without punctuation, and padded with what that config says, the end token. All ids are read from the files.
+    pieces and the end token. SigLIP 1, where a tokenizer_config.json beside the file has `SiglipTokenizer` as its
+    class: also without punctuation, and padded with what that config says, the end token. All ids are read from the
+    files.
 
     Args:
         source: "bytes" (`ByteTokenizer`, no file); a tokenizer.json; a *.model of SentencePiece; a byte_pairs.json, as
