@@ -13,11 +13,15 @@ import torch
 from vlkern import backends, data, info, models, ops
 from vlkern.bench.timing import recycle_memory
 from vlkern.data.text import FIRST_MERGE
-from vlkern.demo import opbench, report, search, training
+from vlkern.demo import opbench, report, training
 from vlkern.demo.progress import Bar
 from vlkern.errors import UserError
+from vlkern.evaluation.encoder import Encoder
+from vlkern.evaluation.retrieval import Retrieval
+from vlkern.evaluation.tasks import retrieve
 from vlkern.models.siglip import Siglip
 from vlkern.recipes.contrastive import Recipe
+from vlkern.search.hits import best
 
 MODEL = "siglip-tiny"
 RECIPE = Recipe(batch=256, rate=1e-3, betas=(0.9, 0.98), warm_up=40, scalar_rate=10)
@@ -117,16 +121,16 @@ def _explain(model: Siglip, batch: int) -> backends.Explanation:
     return explanation
 
 
-def _percent(values: dict[int, float]) -> str:
-    return "  ".join(f"@{k} {100 * v:4.1f} %" for k, v in values.items())
+def _percent(value: Callable[[int], float]) -> str:
+    return "  ".join(f"@{k} {100 * value(k):4.1f} %" for k in (1, 5, 10))
 
 
-def _show_retrieval(found: search.Retrieval) -> None:
-    times = found.text_to_image[10] / found.chance(10)
-    _say("recall", f"text to image {_percent(found.text_to_image)}   ({times:.1f}x chance at 10)")
-    _say("", f"image to text {_percent(found.image_to_text)}")
-    chance = {k: found.chance(k) for k in found.text_to_image}
-    _say("", f"chance        {_percent(chance)}   ({found.pictures} held-out pictures, first captions)")
+def _show_retrieval(found: Retrieval) -> None:
+    to_image, to_text = found.text_to_image, found.image_to_text
+    times = to_image.recall(10) / to_image.chance(10)
+    _say("recall", f"text to image {_percent(to_image.recall)}   ({times:.1f}x chance at 10)")
+    _say("", f"image to text {_percent(to_text.recall)}")
+    _say("", f"chance        {_percent(to_image.chance)}   ({found.pictures} held-out pictures, first captions)")
 
 
 def _measure(dtype: torch.dtype, device: str) -> list[opbench.Point]:
@@ -170,22 +174,24 @@ def run(args: argparse.Namespace) -> int:
     timed = f"{sum(history.seconds):.0f} s, {1e3 * history.median_seconds:.0f} ms a step (median)"
     _say("trained", f"{trained} in {timed}, loss {history.losses[0]:.2f} -> {report.smooth(history.losses)[-1]:.2f}")
 
-    images = search.embed_pictures(model, held_out)
-    found = search.retrieval(model, tokenizer, held_out, images)
+    encoder = Encoder(model, tokenizer, device=device)
+    images = torch.cat([encoder.images(part) for part in held_out.pixels.split(100)])
+    found = retrieve(encoder, images, [captions[:1] for captions in held_out.captions])
     _show_retrieval(found)
-    answers = search.search(model, tokenizer, images, args.queries)
-    for query, answer in zip(args.queries, answers, strict=True):
-        _say("search", f"{query!r}: {'; '.join(held_out.captions[i][0] for i, _ in answer[:5])}")
+    answers = best(encoder, images, args.queries, count=8)
+    for query, hits in zip(args.queries, answers, strict=True):
+        _say("search", f"{query!r}: {'; '.join(held_out.captions[hit.picture][0] for hit in hits[:5])}")
     dtype = torch.bfloat16 if autocast else torch.float32
     points = _measure(dtype, device)
 
+    at_10 = found.text_to_image.recall(10)
     facts = {
         "Model": size,
         "Pictures": f"{len(learn)}, and {len(held_out)} held out",
         "Training": trained,
         "Time": timed,
         "Backend of the loss": explanation.backend,
-        "Recall@10, text to image": f"{100 * found.text_to_image[10]:.1f} % (chance {100 * found.chance(10):.1f} %)",
+        "Recall@10, text to image": f"{100 * at_10:.1f} % (chance {100 * found.text_to_image.chance(10):.1f} %)",
     }
     story = report.Story(facts, history, found, held_out, args.queries, answers, points, str(explanation), dtype)
     page.write_text(report.page(story), encoding="utf-8")

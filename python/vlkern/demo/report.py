@@ -1,20 +1,18 @@
 """demo/report.html: one self-contained page; pictures are data URIs, charts are inline SVG."""
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 import torch
-from PIL import Image
 
 from vlkern import data
 from vlkern.demo.chart import Axis, Line, draw
 from vlkern.demo.opbench import WIDTH, Point
-from vlkern.demo.search import Retrieval
-from vlkern.demo.style import STYLE
 from vlkern.demo.training import History
+from vlkern.evaluation.retrieval import Retrieval
+from vlkern.search.hits import Hit
+from vlkern.search.page import Card, answer, document, facts, thumbnail
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Story:
     retrieval: Retrieval
     pairs: data.Pairs
     queries: Sequence[str]
-    answers: Sequence[Sequence[tuple[int, float]]]
+    answers: Sequence[Sequence[Hit]]
     points: Sequence[Point]
     explanation: str
     dtype: torch.dtype
@@ -39,12 +37,6 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
         out.append(total / norm)
     return out
-
-
-def _data_uri(file: bytes) -> str:
-    with Image.open(io.BytesIO(file)) as image:
-        kind = Image.MIME[image.format or "PNG"]
-    return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
 
 def _loss_chart(history: History) -> str:
@@ -93,28 +85,20 @@ def _op_table(points: Sequence[Point]) -> str:
 
 def _recall_table(r: Retrieval) -> str:
     rows = []
-    for k in r.text_to_image:
-        chance = r.chance(k)
+    for k in (1, 5, 10):
+        chance = r.text_to_image.chance(k)
         cells = "".join(
             f'<td>{100 * value:.1f} %<span class="note"> {value / chance:.1f}x chance</span></td>'
-            for value in (r.text_to_image[k], r.image_to_text[k])
+            for value in (r.text_to_image.recall(k), r.image_to_text.recall(k))
         )
         rows.append(f"<tr><th>recall@{k}</th>{cells}<td>{100 * chance:.2f} %</td></tr>")
     head = "<th></th><th>text to image</th><th>image to text</th><th>chance</th>"
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _answer(pairs: data.Pairs, query: str, answer: Sequence[tuple[int, float]]) -> str:
-    cards = "".join(
-        f'<figure><div class="picture"><img src="{_data_uri(pairs.files[i])}" alt="{escape(pairs.captions[i][0])}">'
-        f"</div><figcaption>{escape(pairs.captions[i][0])}<span>{cosine:.2f}</span></figcaption></figure>"
-        for i, cosine in answer
-    )
-    return f'<h3 class="query">{escape(query)}</h3><div class="cards">{cards}</div>'
-
-
-def _facts(facts: dict[str, str]) -> str:
-    return "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+def _answer(pairs: data.Pairs, query: str, hits: Sequence[Hit]) -> str:
+    cards = (Card(thumbnail(pairs.files[h.picture]), pairs.captions[h.picture][0], f"{h.cosine:.2f}") for h in hits)
+    return answer(query, cards)
 
 
 def page(story: Story) -> str:
@@ -122,13 +106,10 @@ def page(story: Story) -> str:
     time_chart, memory_chart = _op_charts(story.points)
     r, dtype = story.retrieval, str(story.dtype).removeprefix("torch.")
     answers = "".join(_answer(story.pairs, q, a) for q, a in zip(story.queries, story.answers, strict=True))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vlkern demo</title><style>{STYLE}</style></head><body><main>
-<header><h1>A small SigLIP, trained here</h1>
+    header = """<h1>A small SigLIP, trained here</h1>
 <p>Two small transformers, one for pictures and one for text, learned from scratch on this machine which caption belongs
-to which drawing. The loss is <code>vlkern.ops.sigmoid_contrastive_loss</code>.</p></header>
-<dl>{_facts(story.facts)}</dl>
+to which drawing. The loss is <code>vlkern.ops.sigmoid_contrastive_loss</code>.</p>"""
+    body = f"""{facts(story.facts)}
 <section><h2>Searches</h2>
 <p>The closest of {r.pictures} drawings that were not in the training set, best first, with their own captions and the
 cosine between query and picture. The model never sees those captions.</p>{answers}</section>
@@ -142,6 +123,5 @@ picture counts as found, even where several would fit the words.</p>{_recall_tab
 PyTorch, alternating in one process (median of five). Extra memory is the peak beyond inputs, results and
 gradients, in a fresh process: eager PyTorch keeps several B x B tensors, the fused op none.</p>
 <div class="charts">{time_chart}{memory_chart}</div>{_op_table(story.points)}
-<pre>{escape(story.explanation)}</pre></section>
-</main></body></html>
-"""
+<pre>{escape(story.explanation)}</pre></section>"""
+    return document("vlkern demo", header, body)

@@ -1,0 +1,133 @@
+"""What an evaluation leaves: tables for the terminal, and results.json, results.md and plots in a folder."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlkern.data.text import write_file
+from vlkern.errors import UserError
+from vlkern.evaluation.tables import Table, cut, percent
+
+#: Rows of the classes' table on a terminal; results.md has all.
+ROWS = 40
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Make the folder and see that it takes files: said before the work, not after it. Raises UserError if not."""
+    probe = folder / f".vlkern-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot write there ({error.strerror})") from error
+
+
+def check_file(option: str, path: Path) -> None:
+    """See that a file can be written under this name. Raises UserError if not."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, expected a file name")
+    check_folder(option, path.parent)
+
+
+def _both(result: dict[str, Any], kind: str) -> list[str]:
+    return [percent(v) for way in ("text_to_image", "image_to_text") for v in result[way][kind].values()]
+
+
+def _head(result: dict[str, Any]) -> list[str]:
+    short = {"text_to_image": "T→I", "image_to_text": "I→T"}
+    return [f"{short[way]} @{k}" for way in short for k in result[way]["recall"]]
+
+
+def retrieval_table(result: dict[str, Any]) -> Table:
+    """Recall of both directions above what chance gives."""
+    title = f"retrieval: {result['pictures']} pictures, {result['texts']} texts"
+    rows = [["recall", *_both(result, "recall")], ["chance", *_both(result, "chance")]]
+    return Table(title, ["", *_head(result)], rows)
+
+
+def language_table(results: dict[str, dict[str, Any]]) -> Table:
+    """A language a line, and their mean."""
+    ks = {way: list(max(results.values(), key=lambda r: r["pictures"])[way]["recall"]) for way in _WAYS}
+    head = ["language", "pictures", *(f"{short} @{k}" for way, short in _WAYS.items() for k in ks[way])]
+    chance = list(ks["text_to_image"])[-1]
+    rows = []
+    for language, result in results.items():
+        cells = [result[way]["recall"].get(k) for way in _WAYS for k in ks[way]]
+        own = result["text_to_image"]["chance"].get(chance)
+        rows.append([language, str(result["pictures"]), *map(_cell, cells), _cell(own)])
+    columns = [
+        [r[way]["recall"][k] for r in results.values() if k in r[way]["recall"]] for way in _WAYS for k in ks[way]
+    ]
+    rows.append(["mean", "", *(percent(sum(c) / len(c)) for c in columns), ""])
+    return Table(f"retrieval in {len(results)} languages", [*head, f"chance @{chance}"], rows)
+
+
+_WAYS = {"text_to_image": "T→I", "image_to_text": "I→T"}
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else percent(value)
+
+
+def zero_shot_tables(result: dict[str, Any]) -> tuple[Table, Table]:
+    """Accuracy of all, and of each class, the most frequent classes first."""
+    ks = [k for k in (1, 5) if f"top{k}" in result]
+    title = (
+        f"zero-shot: {result['pictures']} pictures, {result['classes']} classes, {len(result['templates'])} templates"
+    )
+    rows = [
+        ["accuracy", *(percent(result[f"top{k}"]) for k in ks), percent(result["mean_over_classes"])],
+        ["chance", *(percent(result[f"chance{k}"]) for k in ks), percent(result["chance1"])],
+    ]
+    all_in_one = Table(title, ["", *(f"top-{k}" for k in ks), "mean of classes' top-1"], rows)
+    order = sorted(result["by_class"].items(), key=lambda item: -item[1]["pictures"])
+    lines = [
+        [name, str(c["pictures"]), *(percent(c[f"top{k}"]) for k in ks), c["taken_for"] or ""] for name, c in order
+    ]
+    classes = Table("zero-shot by class", ["class", "pictures", *(f"top-{k}" for k in ks), "mostly taken for"], lines)
+    return all_in_one, classes
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """All tables of a results.json."""
+    found: list[Table] = []
+    if "retrieval" in results:
+        found.append(retrieval_table(results["retrieval"]))
+    if "languages" in results:
+        found.append(language_table(results["languages"]))
+    if "zero_shot" in results:
+        found += zero_shot_tables(results["zero_shot"])
+    return found
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the tables; a long one is cut."""
+    for table in tables(results):
+        Table(table.title, table.head, cut(table.rows, ROWS)).show()
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables and what they are about."""
+    facts = [f"* {name}: {results[name]}" for name in ("model", "data", "pictures")]
+    skipped = [f"* left out: {line}" for line in results["skipped"]]
+    return "\n\n".join(["# Evaluation", "\n".join(facts + skipped), *(t.markdown() for t in tables(results))]) + "\n"
+
+
+def write(results: dict[str, Any], plots: Sequence[tuple[str, bytes]], folder: Path) -> list[str]:
+    """Write plots, results.md and, last of all, results.json; each file is there completely or not at all.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        UserError: the folder takes no file.
+    """
+    check_folder("--out", folder)
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    files = [*plots, ("results.md", markdown(results).encode()), ("results.json", text.encode())]
+    for name, content in files:
+        write_file(folder / name, content)
+    return [name for name, _ in files]
