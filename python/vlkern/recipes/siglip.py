@@ -15,6 +15,7 @@ from vlkern.models.siglip import Siglip
 from vlkern.recipes import contrastive
 from vlkern.recipes.contrastive import Objective, Recipe
 from vlkern.train.folder import reason
+from vlkern.train.progress import say
 from vlkern.train.ranks import Ranks
 from vlkern.train.updates import whole
 
@@ -39,7 +40,7 @@ class SiglipTask:
         steps: int,
         ranks: Ranks,
         pairs: data.PairShards,
-        tokenizer: Any,
+        tokenizer: data.Tokenizer,
         *,
         seed: int,
         workers: int,
@@ -64,9 +65,9 @@ class SiglipTask:
         return contrastive.learning_rate(self._recipe, number, number / self._steps)
 
     def batches(self, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """(pixels [b, 3, H, W] uint8, ids [b, L] int64)."""
-        ranks = self._ranks
-        return data.batches(
+        """(pixels [b, 3, H, W] uint8, ids [b, L] int64). Says which samples cannot be read, when it meets them."""
+        ranks, said = self._ranks, set[str]()
+        batches = data.batches(
             self._pairs,
             self._recipe.batch,
             tokenizer=self._tokenizer,
@@ -76,6 +77,12 @@ class SiglipTask:
             world=ranks.world,
             workers=self._workers,
         )
+        for batch in batches:
+            for line in self._pairs.skipped:
+                if line not in said:
+                    say("left out", line)
+                    said.add(line)
+            yield batch
 
     def prepare(self, batch: tuple[torch.Tensor, ...], number: int) -> tuple[torch.Tensor, ...]:
         """Pixels in [-1, 1]. The changes are drawn for the global batch, so they do not depend on the ranks."""

@@ -61,6 +61,7 @@ class Checkpoints:
         left = sorted(self._folder.glob("step-*.tmp"))
         for path in left:
             shutil.rmtree(path)
+        self._prune()
         return [path.name for path in left]
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -128,18 +129,25 @@ class Checkpoints:
         part = self._part(step)
         # The result comes after every rank has written its part and rank 0 the table of contents.
         if error := future.exception():
+            free = self._ranks.agree(lambda: shutil.disk_usage(self._folder).free)
             if self._ranks.first:
                 shutil.rmtree(part, ignore_errors=True)
             newest = max(self.steps(), default=None)
             kept = "there is none before it" if newest is None else f"the newest complete one is step-{newest}"
-            raise UserError(f"{part.with_suffix('')}: cannot write this checkpoint ({_why(error)}); {kept}") from error
+            raise UserError(
+                f"{part.with_suffix('')}: cannot write this checkpoint ({_why(error)}; {free >> 20} MiB were free "
+                f"there); {kept}"
+            ) from error
         if self._ranks.first:
             part.rename(part.with_suffix(""))
             sync(self._folder)
-            for old in self.steps()[: -self._keep]:
-                # Renamed first: a checkpoint that is half removed must not look complete.
-                (self._folder / f"step-{old}").rename(self._part(old))
-                shutil.rmtree(self._part(old))
+            self._prune()
+
+    def _prune(self) -> None:
+        """Remove the oldest; renamed first, because a checkpoint that is half removed must not look complete."""
+        for old in self.steps()[: -self._keep]:
+            (self._folder / f"step-{old}").rename(self._part(old))
+            shutil.rmtree(self._part(old))
 
     def _part(self, step: int) -> Path:
         return self._folder / f"step-{step}.tmp"
@@ -149,4 +157,5 @@ def _why(error: BaseException) -> str:
     """The cause in one line."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return reason(error)
+    # When a write fails, PyTorch's archive writer complains about its own position instead.
+    return "a write failed" if "inline_container" in str(error) else reason(error)

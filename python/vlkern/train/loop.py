@@ -9,9 +9,12 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from vlkern.errors import UserError
 from vlkern.train.checkpoint import Checkpoints, Progress
@@ -47,6 +50,16 @@ class Plan:
     log_every: int
 
 
+class _Diverged(UserError):
+    """Something is not finite any more."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(
+            f"step {step}: {what}. Begin again with a lower --lr, a longer --warmup, a lower --clip or --precision "
+            "fp32; checkpoints of earlier steps are kept"
+        )
+
+
 class _Watch:
     """Losses and norms, left on the device until they are looked at, and the time."""
 
@@ -73,10 +86,7 @@ class _Watch:
         for number, (loss, norm) in enumerate(rows, first):
             for name, value in (("loss", loss), ("norm of the gradient", norm)):
                 if not math.isfinite(value):
-                    raise UserError(
-                        f"step {number}: the {name} is {value}. Lower --lr, raise --warmup or lower --clip; "
-                        "with --precision fp32 it may go away. No checkpoint has been written since"
-                    )
+                    raise _Diverged(number, f"the {name} is {value}")
         return rows[-1][0], rows[-1][1], flags[0] > 0
 
     def seconds(self) -> float:
@@ -91,9 +101,29 @@ class _Watch:
         return speed
 
 
+def _check_finite(model: nn.Module, ranks: Ranks, step: int) -> None:
+    """Raises on every rank if a parameter is not: such a checkpoint would be of no use."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    finite = torch.stack([p.detach().isfinite().all() for p in parts]).all()
+    if ranks.mean(finite.float()).item() < 1:
+        raise _Diverged(step, "a parameter is not finite")
+
+
 def _chance(seed: int, number: int, rank: int) -> None:
     """Seed PyTorch's generators: so their state need not be saved."""
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + rank) % 2**64)
+
+
+def _update(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, task: Task, plan: Plan, number: int, batch: Any
+) -> Any:
+    """Loss and norm of one step. Ops look at their arguments, so one of them may be the first to meet an infinity."""
+    try:
+        return update(objective, optimizer, task.rate(number), batch, clip=plan.clip, autocast=plan.autocast)
+    except ValueError as error:
+        if "finite" in str(error):
+            raise _Diverged(number + 1, str(error)) from error
+        raise
 
 
 def train(task: Task, plan: Plan, ranks: Ranks, folder: Path, run: str) -> None:
@@ -120,29 +150,45 @@ def train(task: Task, plan: Plan, ranks: Ranks, folder: Path, run: str) -> None:
         if start.step:
             say("resume", f"after step {start.step} of {plan.steps}")
     with Log(folder, start.step, plan.steps, first=ranks.first) as log:
-        watch = _Watch(ranks, start)
-        batches = task.batches(start.step) if start.step < plan.steps else iter(())
-        for number, batch in zip(range(start.step, plan.steps), batches, strict=False):
-            _chance(plan.seed, number, ranks.rank)
-            rate, step = task.rate(number), number + 1
-            prepared = task.prepare(batch, number)
-            watch.add(*update(objective, optimizer, rate, prepared, clip=plan.clip, autocast=plan.autocast))
-            last = step == plan.steps
-            save, show = last or step % plan.save_every == 0, last or step == 1 or step % plan.log_every == 0
-            # On a GPU looking means waiting for it.
-            if save or show or ranks.device.type == "cpu":
-                loss, norm, failed = watch.look(step, checkpoints.failed)
-                if failed:
-                    checkpoints.finish()
-            log.advance(step)
-            if show:
-                record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, **task.numbers()}
-                record["examples_per_second"] = watch.lap(step) * plan.batch
-                log.write({**record, "seconds": watch.seconds(), "peak_memory": peak_memory(ranks.device)})
-            if save:
-                log.sync()
-                checkpoints.save(Progress(step, watch.seconds()), task.model, optimizer)
-            checkpoints.publish()
-        checkpoints.finish()
+        try:
+            if start.step < plan.steps:
+                _steps(task, plan, ranks, objective, optimizer, checkpoints, start, log)
+        finally:
+            # Also after an error: the one being written is of a step that went well.
+            checkpoints.finish()
     weights = get_model_state_dict(task.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     ranks.agree(lambda: task.save(weights, folder / "model"))
+
+
+def _steps(
+    task: Task,
+    plan: Plan,
+    ranks: Ranks,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoints: Checkpoints,
+    start: Progress,
+    log: Log,
+) -> None:
+    watch = _Watch(ranks, start)
+    for number, batch in zip(range(start.step, plan.steps), task.batches(start.step), strict=False):
+        _chance(plan.seed, number, ranks.rank)
+        watch.add(*_update(objective, optimizer, task, plan, number, task.prepare(batch, number)))
+        step = number + 1
+        last = step == plan.steps
+        save, show = last or step % plan.save_every == 0, last or step == 1 or step % plan.log_every == 0
+        # On a GPU looking means waiting for it.
+        if save or show or ranks.device.type == "cpu":
+            loss, norm, failed = watch.look(step, checkpoints.failed)
+            if failed:
+                checkpoints.finish()
+        log.advance(step)
+        if show:
+            record = {"step": step, "loss": loss, "lr": task.rate(number), "grad_norm": norm, **task.numbers()}
+            record["examples_per_second"] = watch.lap(step) * plan.batch
+            log.write({**record, "seconds": watch.seconds(), "peak_memory": peak_memory(ranks.device)})
+        if save:
+            _check_finite(task.model, ranks, step)
+            log.sync()
+            checkpoints.save(Progress(step, watch.seconds()), task.model, optimizer)
+        checkpoints.publish()

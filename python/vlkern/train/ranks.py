@@ -97,10 +97,12 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError(f"--device {name}: PyTorch sees no GPU")
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # both are PyTorch's way to say that there is none
+    except RuntimeError as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 

@@ -1,6 +1,7 @@
 """The command `vlkern train siglip`: its options, and from options to a run."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--from", dest="from_", type=Path, metavar="DIR", help="fine-tune the model in this folder")
     model.add_argument("--image-size", type=image_side, metavar="S", help="side of the pictures (that of the model)")
     given = parser.add_argument_group("data")
-    given.add_argument("--data", type=Path, nargs="+", metavar="SHARD", help="WebDataset tar files of pairs")
+    given.add_argument("--data", type=Path, nargs="+", metavar="SHARD", help="WebDataset tar files, or folders of them")
     given.add_argument(
         "--tokenizer", metavar="SOURCE",
         help="bytes, or a file or folder with tokenizer.json, *.model or byte_pairs.json (that of --from; from "
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _model(settings: Settings) -> Siglip:
     """As it is before the first step."""
     torch.manual_seed(settings["seed"])
-    model = models.load_pretrained(settings["from_"]) if settings["from_"] else models.create(settings["preset"])
+    try:
+        model = models.load_pretrained(settings["from_"]) if settings["from_"] else models.create(settings["preset"])
+    except ValueError as error:
+        raise UserError(f"{'--from' if settings['from_'] else '--preset'}: {error}") from error
     if not isinstance(model, Siglip):
         raise UserError(f"{settings['from_']}: expected a SigLIP model, got {type(model).__name__}")
     for tower in settings["freeze"]:
@@ -61,32 +65,33 @@ def _model(settings: Settings) -> Siglip:
     return model
 
 
-def _tokenizer(settings: Settings, pairs: data.PairShards, model: Siglip, folder: Path, ranks: Ranks) -> Any:
-    """The one kept with the run; rank 0 puts it there when the run begins."""
-    text, kept = model.config.text, folder / "tokenizer"
+def _tokenizer(settings: Settings, pairs: data.PairShards, model: Siglip, kept: Path) -> data.Tokenizer:
+    """The one kept with the run in the folder `kept`, or that of a new run."""
+    text = model.config.text
+    source = kept if kept.exists() else settings["tokenizer"] or settings["from_"]
+    if not source:
+        captions = itertools.chain.from_iterable(map(pairs.captions_of, range(len(pairs))))
+        return data.ByteTokenizer(text.length, data.learn_merges(captions, text.vocabulary - FIRST_MERGE))
+    tokenizer = data.load_tokenizer(source, text.length)
+    try:
+        data.check_vocabulary(tokenizer, text.vocabulary)
+    except UserError as error:
+        raise UserError(f"--tokenizer {source}: {error}") from error
+    return tokenizer
 
-    def keep() -> None:
-        if kept.exists():
-            return
-        if source := settings["tokenizer"] or settings["from_"]:
-            tokenizer = data.load_tokenizer(source, text.length)
-        else:
-            merges = data.learn_merges(pairs.captions(), text.vocabulary - FIRST_MERGE)
-            tokenizer = data.ByteTokenizer(text.length, merges)
-        if tokenizer.vocabulary > text.vocabulary:
-            raise UserError(
-                f"--tokenizer {source}: has {tokenizer.vocabulary} tokens, the model has room for {text.vocabulary}"
-            )
-        part = folder / ".tokenizer.tmp"
+
+def _keep(tokenizer: data.Tokenizer, kept: Path) -> None:
+    """Put it into the folder of the run, whole or not at all."""
+    if not kept.exists():
+        part = kept.with_name(f".{kept.name}.tmp")
         part.mkdir(exist_ok=True)
         tokenizer.save(part)
         part.rename(kept)
 
-    ranks.agree(keep)
-    return data.load_tokenizer(kept, text.length)
 
-
-def _data(args: argparse.Namespace, settings: Settings, model: Siglip, stored: dict[str, Any] | None) -> Any:
+def _data(
+    args: argparse.Namespace, settings: Settings, model: Siglip, stored: dict[str, Any] | None
+) -> data.PairShards:
     """The pairs; those that a resumed run began with, wherever they lie now."""
     shards = args.data or [Path(path) for path in settings["data"]]
     pairs = data.PairShards(shards, model.config.vision.image_size)
@@ -158,11 +163,14 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         "options": settings.values,
         "data": {"fingerprint": pairs.fingerprint, "pairs": len(pairs)},
     }
-    tokenizer = _tokenizer(settings, pairs, model, args.out, ranks)
+    kept = args.out / "tokenizer"
+    tokenizer = _tokenizer(settings, pairs, model, kept)
     if stored is None:
         versions = {"vlkern": vlkern.__version__, "torch": torch.__version__}
         text = json.dumps({**identity, "versions": versions}, indent=2) + "\n"
+        # From here on the run can be resumed.
         ranks.agree(lambda: write(args.out / "config.json", text))
+    ranks.agree(lambda: _keep(tokenizer, kept))
     recipe = Recipe(
         batch=settings["batch"], rate=settings["lr"], weight_decay=settings["weight_decay"],
         betas=(0.9, settings["beta2"]), clip=settings["clip"], warm_up=settings["warmup"],
