@@ -1,10 +1,13 @@
-"""Complete models by name: `create("siglip2-base-patch16-256")`."""
+"""Complete models by name, `create("siglip2-base-patch16-256")`, or from a checkpoint, `load_pretrained(DIR)`."""
 
 import difflib
 
 from torch import nn
 
 from vlkern.models import siglip
+from vlkern.models.pretrained import load_pretrained, save_pretrained
+
+__all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
 
 #: family module -> its model class; a family lists its configurations in PRESETS
 _FAMILIES = ((siglip.PRESETS, siglip.Siglip),)

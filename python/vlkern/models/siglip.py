@@ -8,11 +8,12 @@ Both towers are pre-LN transformers; attention sees every token, pads included, 
 no image projection. Parameter names are those of Hugging Face's SiglipModel, so its checkpoints are `load_state_dict`.
 
     B pairs   H, W image height and width   P patch side   N patches   L text tokens   V vocabulary
-    D width of a tower   E width of the embeddings
+    D width of a tower   E width of the embeddings, which is that of the image tower
 
 Sources: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023; Tschannen et al., SigLIP 2, 2025.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from vlkern.layers.attention import SelfAttention
 from vlkern.layers.init import dense_, lecun_normal_
 from vlkern.layers.mlp import Mlp
 from vlkern.layers.pooling import MapHead
+from vlkern.models import resize
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class TowerConfig:
     mlp: int
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name != "image_size" and not (type(value) is int and value > 0):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
 
@@ -47,10 +52,23 @@ class VisionConfig(TowerConfig):
     image_size: tuple[int, int]
     patch: int
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.image_size
+        if not (isinstance(size, tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+            raise ValueError(f"image_size must be two positive integers (H, W), got {size!r}")
+        if min(size) < self.patch:
+            raise ValueError(f"image_size must be at least one patch of {self.patch} x {self.patch}, got {size}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; an incomplete patch at the right or lower edge is left out."""
+        return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
     @property
     def patches(self) -> int:
-        """N; an incomplete patch at the right or lower edge is left out."""
-        return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
+        """N."""
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True)
@@ -69,16 +87,45 @@ class SiglipConfig:
     text: TextConfig
 
 
-_BASE = {"width": 768, "depth": 12, "heads": 12, "mlp": 3072}
+# width, depth, heads, mlp
+_SIZES = {
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "giant-opt": (1536, 40, 16, 6144),
+}
+# name ({}: side of the image), image tower, text tower, patch, sides, vocabulary, text length
+_RELEASED = (
+    ("siglip-base-patch16-{}", "base", "base", 16, (224, 256, 384, 512), 32_000, 64),
+    ("siglip-base-patch16-{}-multilingual", "base", "base", 16, (256,), 250_000, 64),
+    ("siglip-large-patch16-{}", "large", "large", 16, (256, 384), 32_000, 64),
+    ("siglip-so400m-patch14-{}", "so400m", "so400m", 14, (224,), 32_000, 16),
+    ("siglip-so400m-patch14-{}", "so400m", "so400m", 14, (384,), 32_000, 64),
+    ("siglip2-base-patch32-{}", "base", "base", 32, (256,), 256_000, 64),
+    ("siglip2-base-patch16-{}", "base", "base", 16, (224, 256, 384, 512), 256_000, 64),
+    ("siglip2-large-patch16-{}", "large", "large", 16, (256, 384, 512), 256_000, 64),
+    ("siglip2-so400m-patch14-{}", "so400m", "so400m", 14, (224, 384), 256_000, 64),
+    ("siglip2-so400m-patch16-{}", "so400m", "so400m", 16, (256, 384, 512), 256_000, 64),
+    ("siglip2-giant-opt-patch16-{}", "giant-opt", "so400m", 16, (256, 384), 256_000, 64),
+)
+#: The released models under their names on Hugging Face, and two that train on a laptop.
 PRESETS = {
     "siglip-tiny": SiglipConfig(
         VisionConfig(width=192, depth=4, heads=3, mlp=768, image_size=(32, 32), patch=8),
         TextConfig(width=192, depth=2, heads=3, mlp=768, vocabulary=2048, length=16),
     ),
-    "siglip2-base-patch16-256": SiglipConfig(
-        VisionConfig(**_BASE, image_size=(256, 256), patch=16),
-        TextConfig(**_BASE, vocabulary=256_000, length=64),
+    "siglip-small": SiglipConfig(
+        VisionConfig(width=256, depth=6, heads=4, mlp=1024, image_size=(64, 64), patch=8),
+        TextConfig(width=256, depth=4, heads=4, mlp=1024, vocabulary=2048, length=16),
     ),
+    **{
+        name.format(side): SiglipConfig(
+            VisionConfig(*_SIZES[image], image_size=(side, side), patch=patch),
+            TextConfig(*_SIZES[text], vocabulary=vocabulary, length=length),
+        )
+        for name, image, text, patch, sides, vocabulary, length in _RELEASED
+        for side in sides
+    },
 }
 
 
@@ -125,8 +172,9 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=1 / math.sqrt(c.width))
 
     def forward(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] -> [B, N, D], rows of patches from top to bottom."""
-        return self.patch_embedding(pixels_B3HW).flatten(2).transpose(1, 2) + self.position_embedding.weight
+        """[B, 3, H, W] in any floating dtype -> [B, N, D], rows of patches from top to bottom."""
+        patches_BDhw = self.patch_embedding(pixels_B3HW.to(self.patch_embedding.weight.dtype))
+        return patches_BDhw.flatten(2).transpose(1, 2) + self.position_embedding.weight
 
 
 class TextEmbeddings(nn.Module):
@@ -162,6 +210,8 @@ class VisionTower(nn.Module):
             raise ValueError(
                 f"pixels must have shape [B, 3, {expected[1]}, {expected[2]}], got {list(pixels_B3HW.shape)}"
             )
+        if not pixels_B3HW.is_floating_point():
+            raise TypeError(f"pixels must be floating-point numbers in [-1, 1], got {pixels_B3HW.dtype}")
         return self.post_layernorm(self.encoder(self.embeddings(pixels_B3HW)))
 
     def forward(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
@@ -170,7 +220,10 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids to pooled vectors: the last position, whatever token stands there, speaks for the text."""
+    """Token ids to pooled vectors: the last position, whatever token stands there, speaks for the text.
+
+    `tokens` gives the sequence before pooling.
+    """
 
     def __init__(self, c: TextConfig, out: int) -> None:
         super().__init__()
@@ -180,11 +233,17 @@ class TextTower(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.width, eps=1e-6)
         self.head = dense_(nn.Linear(c.width, out), lecun=True)
 
-    def forward(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L] integers -> [B, E], not normalised."""
+    def tokens(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """[B, L] int32 or int64 -> [B, L, D], after the final LN."""
         if ids_BL.dim() != 2 or ids_BL.shape[1] != self.config.length:
             raise ValueError(f"ids must have shape [B, {self.config.length}], got {list(ids_BL.shape)}")
-        return self.head(self.final_layer_norm(self.encoder(self.embeddings(ids_BL)))[:, -1])
+        if ids_BL.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"ids must be int32 or int64, got {ids_BL.dtype}")
+        return self.final_layer_norm(self.encoder(self.embeddings(ids_BL)))
+
+    def forward(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """[B, L] int32 or int64 -> [B, E], not normalised."""
+        return self.head(self.tokens(ids_BL)[:, -1])
 
 
 class Siglip(nn.Module):
@@ -215,6 +274,7 @@ class Siglip(nn.Module):
 
         Raises:
             ValueError: a shape is not the one of the configuration.
+            TypeError: the pixels are no floating-point numbers, or the ids no integers.
 
         Example:
             >>> image, text = model(pixels, ids)
@@ -226,3 +286,52 @@ class Siglip(nn.Module):
 def _unit(u: torch.Tensor) -> torch.Tensor:
     """u / |u|, in float32 even when autocast ran the tower in bfloat16: logits are differences of these."""
     return F.normalize(u.to(torch.promote_types(u.dtype, torch.float32)), dim=-1, eps=1e-8)
+
+
+def resized(
+    model: Siglip,
+    image_size: tuple[int, int] | int,
+    patch: int | None = None,
+    *,
+    align_corners: bool = False,
+) -> Siglip:
+    """A copy of `model` for pictures of another size, and with patches of another size if `patch` is given.
+
+    Learned positions are interpolated on their grid (`resize.positions`), the convolution that cuts the patches by the
+    pseudo-inverse of the resizing of a patch (`resize.patches`); everything else is copied. The copy then wants some
+    training at its size, in which SigLIP 2 spent its last 5 %.
+
+    Args:
+        model: shares no memory with the result.
+        image_size: (H, W), or one number for both.
+        patch: side P of a patch; None keeps it.
+        align_corners: how positions are interpolated.
+
+    Raises:
+        ValueError: the image size is not positive or smaller than a patch.
+
+    Example:
+        >>> larger = vlkern.models.siglip.resized(model, image_size=(48, 64))
+    """
+    vision = resized_config(model.config.vision, image_size, patch)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    resize_state(state, model.config.vision, vision, prefix="vision_model.", align_corners=align_corners)
+    with torch.device("meta"):
+        copy = Siglip(dataclasses.replace(model.config, vision=vision))
+    copy.load_state_dict(state, assign=True)
+    return copy.train(model.training)
+
+
+def resized_config(c: VisionConfig, image_size: tuple[int, int] | int, patch: int | None) -> VisionConfig:
+    """`c` for another size of pictures and patches (None keeps the patch)."""
+    size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    return dataclasses.replace(c, image_size=size, patch=c.patch if patch is None else patch)
+
+
+def resize_state(
+    state: dict[str, torch.Tensor], old: VisionConfig, new: VisionConfig, *, prefix: str, align_corners: bool = False
+) -> None:
+    """Change the two tensors of an image tower's state that depend on the size of pictures and patches, in place."""
+    positions, patches = (f"{prefix}embeddings.{part}_embedding.weight" for part in ("position", "patch"))
+    state[positions] = resize.positions(state[positions], old.grid, new.grid, align_corners=align_corners)
+    state[patches] = resize.patches(state[patches], new.patch)

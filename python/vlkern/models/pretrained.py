@@ -1,0 +1,241 @@
+"""Models from checkpoints, and to Hugging Face directories.
+
+A checkpoint is read in three steps, so that nothing is half-loaded: its format by its content, its sizes (config.json,
+or the shapes of its tensors), then all of its tensors, once every name, shape and type has been checked.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from vlkern.errors import UserError
+from vlkern.models import siglip, state
+
+_WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    image_size: tuple[int, int] | int | None = None,
+    patch: int | None = None,
+    dtype: torch.dtype | None = None,
+    config: siglip.SiglipConfig | siglip.VisionConfig | None = None,
+) -> nn.Module:
+    """The model that a checkpoint holds, on the CPU.
+
+    Args:
+        source: a Hugging Face directory (config.json with model.safetensors, or several files with their index), or one
+            file: safetensors with the names of transformers, open_clip or timm, or big_vision's .npz.
+        image_size: (H, W), or one number for both: resize the model for such pictures (`siglip.resized`).
+        patch: side of a patch to resize to.
+        dtype: of the parameters; None keeps the file's. Parameters that stay as they are in a safetensors file are
+            mapped: they take no memory until they are used, and training does not change the file.
+        config: what the checkpoint holds, where it does not say: heads of a width that no preset has, a grid of patches
+            that is no square.
+
+    Returns:
+        Siglip, or VisionTower when the checkpoint holds an image tower alone (timm).
+
+    Raises:
+        UserError: a ValueError: the checkpoint is missing, cut short, a pickle (which could run code), of another
+            model, or its tensors do not fit: all that are missing, left over or of a wrong shape are listed.
+        ValueError: the image size is not positive or smaller than a patch, or dtype is no floating-point type.
+
+    Example:
+        >>> model = vlkern.models.load_pretrained("siglip2-base-patch16-256", image_size=384)
+    """
+    if dtype is not None and dtype not in state.FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, state.FLOATS))}, got {dtype!r}")
+    # Here and not above: the adapters are made of this package's configurations.
+    from vlkern.interop import big_vision, open_clip_names, timm, transformers
+
+    path = Path(source)
+    checkpoint = _open(path)
+    adapters: tuple[Any, ...] = (transformers, open_clip_names, timm, big_vision)
+    adapter = next((a for a in adapters if a.knows(checkpoint.shapes)), None)
+    if adapter is None:
+        some = ", ".join(list(checkpoint.shapes)[:3]) or "none"
+        raise UserError(
+            f"{path}: holds no SigLIP with names of transformers, open_clip, timm or big_vision ({some}, ...)"
+        )
+    if config is None and adapter is transformers:
+        config = _config_beside(path)
+    try:
+        plan = adapter.plan(checkpoint, config)
+    except UserError:
+        raise
+    except ValueError as error:  # sizes that no model can have
+        raise UserError(f"{path}: {error}") from error
+
+    old = plan.config.vision if isinstance(plan.config, siglip.SiglipConfig) else plan.config
+    new = siglip.resized_config(old, old.image_size if image_size is None else image_size, patch)
+    with torch.device("meta"):
+        wanted = _build(plan.config).state_dict()
+        model = _build(_with_vision(plan.config, new))
+    tensors = state.collect(checkpoint, wanted, plan.sources, dtype, plan.root)
+    prefix = "vision_model." if isinstance(plan.config, siglip.SiglipConfig) else ""
+    siglip.resize_state(tensors, old, new, prefix=prefix)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def save_pretrained(
+    model: siglip.Siglip, folder: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000
+) -> None:
+    """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read.
+
+    Everything is written under other names first and renamed when it is whole, config.json last: killed at any moment,
+    the folder holds the old model, the new one, or none that can be read; never a mixture. Other files stay.
+
+    Args:
+        model: on any device; parameters are written in the dtypes they have.
+        folder: is made if need be. transformers itself only reads models whose pictures are square.
+        max_shard_size: bytes; a larger model becomes several files and an index, named as at Hugging Face.
+
+    Raises:
+        TypeError: `model` is no Siglip.
+        ValueError: its parameters are on the meta device, or max_shard_size is not positive.
+        UserError: the folder cannot be written, or the disk is full; what was there before is unchanged.
+
+    Example:
+        >>> vlkern.models.save_pretrained(model, "my-siglip")
+    """
+    from vlkern.interop.transformers import to_json
+
+    if not isinstance(model, siglip.Siglip):
+        raise TypeError(f"model must be a vlkern.models.siglip.Siglip, got {type(model).__name__}")
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise ValueError(f"max_shard_size must be a positive integer, got {max_shard_size!r}")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError("model must have data, got parameters on the meta device")
+    shards = _shards(tensors, max_shard_size)
+    config = to_json(model.config, model.logit_scale.dtype)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as part:
+            for name, names in shards.items():
+                save_file({key: tensors[key] for key in names}, Path(part, name), metadata={"format": "pt"})
+            if len(shards) > 1:
+                weight_map = {key: name for name, names in shards.items() for key in names}
+                size = sum(tensor.nbytes for tensor in tensors.values())
+                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                Path(part, _INDEX).write_text(_json(index), encoding="utf-8")
+            Path(part, _CONFIG).write_text(_json(config), encoding="utf-8")
+            _publish(Path(part), folder, list(shards))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot write the model ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _publish(part: Path, folder: Path, weights: list[str]) -> None:
+    """Move whole files into their places, in an order that never leaves a mixture that could be read."""
+    for file in part.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    (folder / _INDEX).unlink(missing_ok=True)  # shards without an index are no model
+    for name in [*weights, _INDEX]:
+        if (part / name).exists():
+            (part / name).replace(folder / name)
+    for stale in folder.glob("model*.safetensors"):
+        if stale.name not in weights and (stale.name == _WEIGHTS or "-of-" in stale.name):
+            stale.unlink()
+    (part / _CONFIG).replace(folder / _CONFIG)
+
+
+def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors, filled in order; a tensor larger than the limit is a file by itself."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return {_WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _build(c: siglip.SiglipConfig | siglip.VisionConfig) -> nn.Module:
+    return siglip.Siglip(c) if isinstance(c, siglip.SiglipConfig) else siglip.VisionTower(c)
+
+
+def _with_vision(
+    c: siglip.SiglipConfig | siglip.VisionConfig, vision: siglip.VisionConfig
+) -> siglip.SiglipConfig | siglip.VisionConfig:
+    return replace(c, vision=vision) if isinstance(c, siglip.SiglipConfig) else vision
+
+
+def _open(path: Path) -> state.Checkpoint:
+    """The tensors of a file, or of the checkpoint in a directory.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        return state.open_checkpoint(path)
+    if (path / _WEIGHTS).exists():
+        return state.SafetensorsFiles(path, [path / _WEIGHTS])
+    if (path / _INDEX).exists():
+        return state.SafetensorsFiles(path, _files_of_index(path / _INDEX))
+    files = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".npz")]
+    if len(files) == 1 and "-of-" not in files[0].name:
+        return state.open_checkpoint(files[0])
+    if not files:
+        for file in sorted(path.iterdir()):
+            if file.suffix in _PICKLES:
+                state.refuse_pickle(file)
+    found = f"found {', '.join(file.name for file in files)}" if files else "found no safetensors or .npz file"
+    raise UserError(f"{path}: expected {_WEIGHTS} or {_INDEX}, {found}")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: expected an object weight_map with the file of every tensor, got {weight_map!r:.80}")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{index}: files must lie beside the index, got {', '.join(outside)}")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(f"{index.parent}: missing {', '.join(missing)}, which {index.name} lists")
+    return [index.parent / name for name in names]
+
+
+def _config_beside(path: Path) -> siglip.SiglipConfig | siglip.VisionConfig | None:
+    """What the config.json of the directory says; None when there is none from Hugging Face."""
+    file = (path if path.is_dir() else path.parent) / _CONFIG
+    if not file.is_file():
+        return None
+    entries = _read_json(file)
+    from vlkern.interop.transformers import from_json
+
+    return from_json(entries, file) if "model_type" in entries else None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot read ({getattr(error, 'strerror', None) or error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected an object, got {type(content).__name__}")
+    return content
