@@ -115,4 +115,5 @@ class SiglipTask:
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
         except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
             raise UserError(f"{folder}: cannot write the model ({reason(error)})") from error

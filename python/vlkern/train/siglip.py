@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vlkern import data, info, models
 from vlkern.bench.timing import recycle_memory
 from vlkern.data.text import FIRST_MERGE
 from vlkern.errors import UserError
-from vlkern.models.siglip import Siglip
+from vlkern.models.siglip import Siglip, resized_config
 from vlkern.recipes.contrastive import Recipe
 from vlkern.recipes.siglip import SiglipTask
 from vlkern.train import loop
@@ -23,7 +24,7 @@ from vlkern.train.progress import say
 from vlkern.train.ranks import Ranks
 from vlkern.train.settings import Settings
 
-PRESET = "siglip-tiny"
+PRESET = "siglip-small"
 #: passes over the data when neither --steps nor --examples says how long
 PASSES = 100
 #: the options that define a run
@@ -52,14 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(settings: Settings) -> Siglip:
-    """As it is before the first step."""
-    torch.manual_seed(settings["seed"])
+    """As it is before the first step, in float32."""
+    size, origin = settings["image_size"], settings["from_"]
     try:
-        model = models.load_pretrained(settings["from_"]) if settings["from_"] else models.create(settings["preset"])
+        if origin:
+            model = models.load_pretrained(origin, image_size=size, dtype=torch.float32)
+        else:
+            with torch.device("meta"):
+                config = models.create(settings["preset"]).config
+            if size:
+                config = replace(config, vision=resized_config(config.vision, size, None))
+            torch.manual_seed(settings["seed"])
+            model = Siglip(config)
     except ValueError as error:
-        raise UserError(f"{'--from' if settings['from_'] else '--preset'}: {error}") from error
+        raise UserError(f"{'--from' if origin else '--preset'}: {error}") from error
     if not isinstance(model, Siglip):
-        raise UserError(f"{settings['from_']}: expected a SigLIP model, got {type(model).__name__}")
+        raise UserError(f"--from {origin}: expected both towers of a SigLIP, got {type(model).__name__}")
     for tower in settings["freeze"]:
         getattr(model, TOWERS[tower]).requires_grad_(False)
     return model

@@ -1,0 +1,136 @@
+"""Training runs for the tests: every rank is forked from a server that has imported everything, so a start is cheap."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import shards
+import torch
+
+from vlkern.models.siglip import SiglipConfig, TextConfig, VisionConfig
+
+#: What the server imports before it forks.
+_PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "vlkern.train.siglip", "vlkern.train.cli"]
+#: The preset "test".
+CONFIG = SiglipConfig(VisionConfig(24, 2, 2, 48, (16, 16), 8), TextConfig(16, 1, 2, 32, 300, 8))
+#: Where a rank can be made to kill itself: calls that make files durable or visible.
+_EVENTS = ("fsync", "rename", "replace", "rmdir")
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _die_at(event: int) -> None:
+    """SIGKILL for this process instead of call number `event` of those that matter to a checkpoint."""
+    count = 0
+
+    def counted(call: Any) -> Any:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return instead
+
+    for name in _EVENTS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, event: int, largest: int | None) -> None:
+    from vlkern.cli import main
+    from vlkern.models.siglip import PRESETS
+
+    PRESETS["test"] = CONFIG
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    handle = os.open(f"{output}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    if event:
+        _die_at(event)
+    if largest is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    raise SystemExit(main(arguments))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(
+    arguments: list[Any], output: Path, *, world: int = 1, event: int = 0, largest: int | None = None
+) -> list[Any]:
+    """`vlkern ARGUMENTS` on `world` ranks, which print to `output`.0, `output`.1, ...
+
+    Rank 0 dies at its event number `event`, if that is not 0. No file can grow beyond `largest` bytes.
+    """
+    context, port = _context(), _free_port()
+    words = [str(a) for a in arguments]
+    ranks = [
+        context.Process(
+            target=_rank, args=(r, world, port, words, str(output), 0 if r else event, largest), daemon=True
+        )
+        for r in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def wait(ranks: list[Any], *, seconds: float = 60, kill_when: Callable[[], bool] = lambda: False) -> list[int]:
+    """Exit codes. SIGKILL ends all ranks when one of them has ended badly, or when the caller says so."""
+    begin = time.monotonic()
+    while any(p.is_alive() for p in ranks):
+        spent = time.monotonic() - begin
+        if any(p.exitcode for p in ranks) or kill_when():
+            for p in ranks:
+                p.kill()
+        if spent > seconds:
+            for p in ranks:
+                p.kill()
+            raise TimeoutError(f"still running after {seconds} s")
+        time.sleep(0.002)
+    return [p.exitcode for p in ranks]
+
+
+def run(arguments: list[Any], output: Path, *, world: int = 1) -> str:
+    """A run that must succeed; what rank 0 said."""
+    codes = wait(start(arguments, output, world=world))
+    said = [Path(f"{output}.{r}").read_text() for r in range(world)]
+    assert codes == [0] * world, "\n".join(said)
+    return said[0]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def shard(path: Path, count: int) -> Path:
+    """Pictures that differ, and say how."""
+    members: dict[str, bytes] = {}
+    for i in range(count):
+        members[f"{i:04}.png"] = shards.picture(color=(10 * i, 255 - 10 * i, 40 * i % 256), size=(16, 16))
+        members[f"{i:04}.json"] = json.dumps({"captions": [f"colour {i}", f"{i} of {count}"]}).encode()
+    return shards.write(path, members)
