@@ -14,9 +14,9 @@ def picture(color="red", size=(20, 10), mode="RGB", kind="PNG") -> bytes:
     return out.getvalue()
 
 
-def write(path: Path, members: dict[str, bytes]) -> Path:
+def write(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))

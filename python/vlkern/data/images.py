@@ -21,6 +21,13 @@ def check_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def check_resample(resample: str) -> Image.Resampling:
+    """Pillow's filter of that name. Raises ValueError if there is none."""
+    if resample not in _FILTERS:
+        raise ValueError(f"resample must be one of {', '.join(_FILTERS)}, got {resample!r}")
+    return _FILTERS[resample]
+
+
 def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "bilinear") -> torch.Tensor:
     """Decode any format that Pillow knows and squeeze it to `size`, as SigLIP does (the aspect ratio is not kept).
 
@@ -38,16 +45,14 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "b
     Raises:
         ValueError: `resample` or `size` is none of these, or the data is no picture that Pillow can decode.
     """
-    if resample not in _FILTERS:
-        raise ValueError(f"resample must be one of {', '.join(_FILTERS)}, got {resample!r}")
-    height, width = check_size(size)
+    (height, width), chosen = check_size(size), check_resample(resample)
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image: Image.Image = opened
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            resized = image.convert("RGB").resize((width, height), _FILTERS[resample])
+            resized = image.convert("RGB").resize((width, height), chosen)
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         raise ValueError(f"no readable picture: {error or type(error).__name__}") from error
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from vlkern.data.images import check_size, decode_image
+from vlkern.data.images import check_resample, check_size, decode_image
 from vlkern.data.pairs import DataError, Pair, caption_suffix, image_suffix, parse_captions, parse_record
 from vlkern.data.tar import Damage, Sample, packing, samples
 
@@ -123,8 +123,9 @@ class PairShards(Dataset[Pair]):
         caption_key: str | None = None,
         resample: str = "bilinear",
     ) -> None:
-        self.paths = find_shards(shards)
+        check_resample(resample)
         self.image_size = check_size(image_size)
+        self.paths = find_shards(shards)
         self.bad_limit, self.caption_key, self.resample = bad_limit, caption_key, resample
         self._left_out: list[str] = []
         self._unreadable: dict[int, str] = {}
@@ -260,6 +261,7 @@ class PairShards(Dataset[Pair]):
         For worker processes, whose own `skipped` nobody sees: hand the lines to `note` in the process that reports. The
         pair is None when more than `bad_limit` in a row could not be read, or none at all.
         """
+        self._place(index)
         lines: dict[int, str] = {}
         for i in range(index, index + min(self.bad_limit + 1, len(self))):
             number = i % len(self)

@@ -126,7 +126,7 @@ def members(fd: int) -> Iterator[Member | Damage]:
             long_name, long_size = None, None
             if header.kind in _REGULAR and not name.endswith("/"):
                 yield Member(name, at, size)
-        at += -(-size // BLOCK) * BLOCK
+        at = min(at - (-size // BLOCK) * BLOCK, end)
 
 
 @dataclass
