@@ -102,7 +102,9 @@ def test_speedup_is_the_best_rivals_time_over_ours(clock: timing.Clock) -> None:
 @pytest.mark.parametrize("op", list(rivals.RACES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_rival_computes_the_op(op: str, dtype: torch.dtype) -> None:
-    one = case(op, {"rms_norm": "gemma3_270m_qk_norm", "sigmoid_loss": "above_a_tile"}[op], dtype)
+    one = case(
+        op, {"rms_norm": "gemma3_270m_qk_norm", "sigmoid_loss": "above_a_tile", "linear": "above_a_tile"}[op], dtype
+    )
     inputs = one.inputs()
     want = oracle.truth(one, inputs)
     checked = 0

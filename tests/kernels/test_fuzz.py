@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from rooms import KERNELS, agree, device, dtypes
+from rooms import KERNELS, agree, device, dtypes, skip_unsupported
 
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import REGISTRY
+from vlkern.kernels.linear import samples as linear
 from vlkern.kernels.rms_norm import samples as rms_norm
 from vlkern.kernels.sigmoid_loss import samples as sigmoid_loss
 
@@ -59,3 +60,22 @@ def test_sigmoid_loss(name, data):
             kwargs = {"valid": tuple(masks.to(device(name)))}
         calls.append((args, kwargs))
     agree(REGISTRY["sigmoid_loss"], name, calls)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name in REGISTRY["linear"].backends])
+@fuzz
+@hypothesis.given(data=st.data())
+def test_linear(name, data):
+    sample = linear.Sample(
+        "random",
+        lead=(data.draw(st.integers(0, 90)),),
+        k=data.draw(st.integers(1, 120)),
+        n=data.draw(st.integers(1, 120)),
+        gelu=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        contiguous=data.draw(st.booleans()),
+    )
+    dtype = data.draw(st.sampled_from(dtypes(name)))
+    calls = [linear.inputs(sample, dtype, device(name), seed) for seed in SEEDS]
+    skip_unsupported(REGISTRY["linear"], name, *calls[0])
+    agree(REGISTRY["linear"], name, calls)

@@ -58,6 +58,14 @@ def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-6, 
     return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
 
 
+def linear_formula(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str | None = None
+) -> torch.Tensor:
+    """A linear layer and its activation as two calls."""
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if activation else y
+
+
 def sigmoid_loss_formula(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -126,6 +134,14 @@ def _open_clip_loss(chunk: int) -> Function:
 
 
 RACES: dict[str, Race] = {
+    "linear": Race(
+        ceiling="matmul",
+        share={"forward": 1.0, "forward+backward": 3.0},
+        rivals=(
+            Contestant("eager", partial(_plain, linear_formula)),
+            Contestant("torch.compile", partial(_compiled, linear_formula), compiled=True),
+        ),
+    ),
     "rms_norm": Race(
         ceiling="copy",
         # forward: read x, write y. backward: read x and grad, write dx.

@@ -1,0 +1,260 @@
+// The linear layer on the CPU, in fp32 through sgemm: blocks of y get bias and activation while they are in
+// L2. 16-bit inputs are widened; for CPUs without instructions for them that is the fastest way to multiply.
+#include "sgemm.h"
+#include "simd.h"
+#include "vlkern.h"
+
+namespace vlkern {
+namespace {
+
+constexpr int64_t kRows = 512, kColumns = 512;  // of a block, at most: its 1 MiB stays in L2
+
+// GELU's tanh form is z sigmoid(t), t = sqrt(8 / pi) (z + 0.044715 z^3).
+constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;
+
+struct Sigmoid {
+  float s, slope;  // s = 1 / (1 + e^-t), s (1 - s)
+};
+
+VLKERN_INLINE Sigmoid sigmoid(float t) {
+  float e = exp_nonpositive(t < 0 ? t : -t);
+  e = t < -87.0f ? 0.0f : e;  // exp_nonpositive stops at e^-87, and z may be large
+  float r = reciprocal_unit(1.0f + e);
+  return {t < 0 ? e * r : r, e * r * r};  // 1 - s would cancel
+}
+
+template <class T>
+VLKERN_INLINE void widen_all(const T* in, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = to_float(in[j]);
+}
+
+// pre = products + bias, y = gelu(pre)
+template <class T>
+VLKERN_INLINE void finish_row(const float* products, const float* bias, T* pre, T* y, int64_t n, bool gelu) {
+  if (!gelu) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) y[j] = from_float<T>(products[j] + bias[j]);
+    return;
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    float z = products[j] + bias[j];
+    y[j] = from_float<T>(z * sigmoid(z * (kLinear + kCubic * z * z)).s);
+  }
+  if (!pre) return;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) pre[j] = from_float<T>(products[j] + bias[j]);
+}
+
+// g = grad gelu'(z), gelu'(z) = s + z s (1 - s) dt/dz;  sum += g
+template <class T>
+VLKERN_INLINE void slope_row(const T* grad, const T* pre, float* g, float* sum, int64_t n) {
+  if (!pre) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      g[j] = to_float(grad[j]);
+      sum[j] += g[j];
+    }
+    return;
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    float z = to_float(pre[j]);
+    z = z < -16.0f  ? -16.0f
+        : z > 16.0f ? 16.0f
+                    : z;  // the slope is 0 or 1 from there on; z^2 must not overflow
+    float square = z * z;
+    Sigmoid at = sigmoid(z * (kLinear + kCubic * square));
+    g[j] = to_float(grad[j]) * (at.s + z * at.slope * (kLinear + 3.0f * kCubic * square));
+    sum[j] += g[j];
+  }
+}
+
+template <class T>
+VLKERN_INLINE void narrow_all(const float* in, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = from_float<T>(in[j]);
+}
+
+// target_clones needs plain functions, one per dtype.
+#define VLKERN_DTYPE(T)                                                                                   \
+  VLKERN_SIMD void widen(const T* in, float* out, int64_t n) {                                            \
+    widen_all(in, out, n);                                                                                \
+  }                                                                                                       \
+  VLKERN_SIMD void narrow(const float* in, T* out, int64_t n) {                                           \
+    narrow_all(in, out, n);                                                                               \
+  }                                                                                                       \
+  VLKERN_SIMD void finish(const float* products, const float* bias, T* pre, T* y, int64_t n, bool gelu) { \
+    finish_row(products, bias, pre, y, n, gelu);                                                          \
+  }                                                                                                       \
+  VLKERN_SIMD void slope(const T* grad, const T* pre, float* g, float* sum, int64_t n) {                  \
+    slope_row(grad, pre, g, sum, n);                                                                      \
+  }
+VLKERN_DTYPE(float)
+VLKERN_DTYPE(bf16)
+VLKERN_DTYPE(fp16)
+
+// A matrix as float32: itself, or a widened copy made by all threads.
+class Wide {
+ public:
+  template <class T>
+  static Wide of(const T* data, int64_t n) {
+    Wide w;
+    if constexpr (std::is_same_v<T, float>) {
+      w.data_ = data;
+    } else {
+      w.copy_.resize(n);
+      w.data_ = w.copy_.data();
+      torch::stable::parallel_for(0, ceil_div(n, kPiece), 1, [&](int64_t begin, int64_t end) {
+        begin *= kPiece, end = std::min(end * kPiece, n);
+        widen(data + begin, w.copy_.data() + begin, end - begin);
+      });
+    }
+    return w;
+  }
+  const float* data() const { return data_; }
+
+ private:
+  static constexpr int64_t kPiece = 1 << 14;
+  std::vector<float> copy_;
+  const float* data_ = nullptr;
+};
+
+// [0, n) in equal blocks of at most `most`, which are multiples of 16 but for the last.
+struct Blocks {
+  int64_t n, size, count;
+  Blocks(int64_t n, int64_t most)
+      : n(n),
+        size(std::max<int64_t>(16, round_up(ceil_div(n, ceil_div(std::max<int64_t>(n, 1), most)), 16))),
+        count(ceil_div(n, size)) {}
+  int64_t begin(int64_t b) const { return b * size; }
+  int64_t length(int64_t b) const { return std::min(size, n - b * size); }
+};
+
+struct Shape {
+  int64_t m, n, k;
+};
+
+Shape check(const Tensor& x, const Tensor& weight) {
+  VLKERN_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
+               "x must be [M, K], weight [N, K]");
+  VLKERN_CHECK(x.scalar_type() == weight.scalar_type(), "weight must have the dtype of x");
+  return {x.size(0), weight.size(0), weight.size(1)};
+}
+
+// y, and z where it is given.
+template <class T>
+void forward(const Shape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, T* y,
+             T* z, bool gelu) {
+  Wide wide_x = Wide::of(x.const_data_ptr<T>(), s.m * s.k),
+       wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
+  std::vector<float> b(s.n);
+  if (bias) widen(torch::stable::contiguous(*bias).template const_data_ptr<T>(), b.data(), s.n);
+  Blocks rows(s.m, kRows), columns(s.n, kColumns);
+  torch::stable::parallel_for(0, rows.count * columns.count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> products(rows.size * columns.size);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t i = rows.begin(t / columns.count), j = columns.begin(t % columns.count);
+      int64_t height = rows.length(t / columns.count), width = columns.length(t % columns.count);
+      sgemm(height, width, s.k, 1.0f, {wide_x.data() + i * s.k, s.k}, {wide_w.data() + j * s.k, s.k, true},
+            0.0f, products.data(), width);
+      for (int64_t r = 0; r < height; ++r)
+        finish(products.data() + r * width, b.data() + j, z ? z + (i + r) * s.n + j : nullptr,
+               y + (i + r) * s.n + j, width, gelu);
+    }
+  });
+}
+
+Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias, bool gelu) {
+  Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  const Shape s = check(x, weight);
+  Tensor y = empty(x, {s.m, s.n}, x.scalar_type());
+  dispatch(x.scalar_type(),
+           [&]<class T>() { forward<T>(s, x, weight, bias, y.mutable_data_ptr<T>(), nullptr, gelu); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> linear_training(const Tensor& x_, const Tensor& weight_,
+                                           const std::optional<Tensor>& bias) {
+  Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  const Shape s = check(x, weight);
+  Tensor y = empty(x, {s.m, s.n}, x.scalar_type()), z = empty(x, {s.m, s.n}, x.scalar_type());
+  dispatch(x.scalar_type(), [&]<class T>() {
+    forward<T>(s, x, weight, bias, y.mutable_data_ptr<T>(), z.mutable_data_ptr<T>(), true);
+  });
+  return {y, z};
+}
+
+// One sweep over chunks of rows: G = grad gelu'(z) of the chunk, dW += G^T X, dX = G W.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_, const Tensor& x_,
+                                                   const Tensor& weight_, const std::optional<Tensor>& z_,
+                                                   bool needs_dx, bool needs_dw) {
+  Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_),
+         grad = torch::stable::contiguous(grad_);
+  const Shape s = check(x, weight);
+  VLKERN_CHECK(grad.numel() == s.m * s.n && (!z_ || z_->numel() == grad.numel()),
+               "grad and z must be [M, N]");
+  std::optional<Tensor> z;
+  if (z_) z = torch::stable::contiguous(*z_);
+  ScalarType dtype = x.scalar_type();
+  Tensor dx = empty(x, needs_dx ? std::vector<int64_t>{s.m, s.k} : std::vector<int64_t>{0}, dtype);
+  Tensor dw = empty(x, needs_dw ? std::vector<int64_t>{s.n, s.k} : std::vector<int64_t>{0}, dtype),
+         db = empty(x, {s.n}, dtype);
+  dispatch(dtype, [&]<class T>() {
+    constexpr bool kWide = std::is_same_v<T, float>;
+    Wide wide_x = Wide::of(x.const_data_ptr<T>(), s.m * s.k),
+         wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
+    const T *incoming = grad.const_data_ptr<T>(), *pre = z ? z->const_data_ptr<T>() : nullptr;
+    T *dx_out = dx.mutable_data_ptr<T>(), *dw_out = dw.mutable_data_ptr<T>();
+    Blocks chunks(s.m, kRows),
+        columns(s.n, std::clamp<int64_t>(round_up(ceil_div(s.n, 16), 32), 64, kColumns));
+    std::vector<float> g(chunks.size * s.n), bias_sum(s.n), dw_sum(needs_dw && !kWide ? s.n * s.k : 0);
+    float* dw_f = dw_sum.data();
+    if constexpr (kWide) dw_f = dw_out;
+    for (int64_t c = 0; c < chunks.count; ++c) {
+      int64_t first = chunks.begin(c), rows = chunks.length(c);
+      torch::stable::parallel_for(0, columns.count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          int64_t j = columns.begin(t), width = columns.length(t);
+          for (int64_t r = 0; r < rows; ++r) {
+            int64_t at = (first + r) * s.n + j;
+            slope(incoming + at, pre ? pre + at : nullptr, g.data() + r * s.n + j, bias_sum.data() + j,
+                  width);
+          }
+          if (needs_dw)
+            sgemm(width, s.k, rows, 1.0f, {g.data() + j, s.n, true}, {wide_x.data() + first * s.k, s.k},
+                  c ? 1.0f : 0.0f, dw_f + j * s.k, s.k);
+        }
+      });
+      if (!needs_dx) continue;
+      Blocks strips(rows, 128);
+      torch::stable::parallel_for(0, strips.count, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> out(kWide ? 0 : strips.size * s.k);
+        for (int64_t t = begin; t < end; ++t) {
+          T* target = dx_out + (first + strips.begin(t)) * s.k;
+          float* products = out.data();
+          if constexpr (kWide) products = target;
+          sgemm(strips.length(t), s.k, s.n, 1.0f, {g.data() + strips.begin(t) * s.n, s.n},
+                {wide_w.data(), s.k}, 0.0f, products, s.k);
+          if constexpr (!kWide) narrow(products, target, strips.length(t) * s.k);
+        }
+      });
+    }
+    if (needs_dw && chunks.count == 0) std::fill_n(dw_f, s.n * s.k, 0.0f);
+    if constexpr (!kWide)
+      if (needs_dw) narrow(dw_f, dw_out, s.n * s.k);
+    narrow(bias_sum.data(), db.mutable_data_ptr<T>(), s.n);
+  });
+  return {dx, dw, db};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vlkern, CPU, m) {
+  m.impl("linear.cpu", TORCH_BOX(&linear));
+  m.impl("linear_training.cpu", TORCH_BOX(&linear_training));
+  m.impl("linear_backward.cpu", TORCH_BOX(&linear_backward));
+}
+
+}  // namespace vlkern
