@@ -154,7 +154,7 @@ def parsed(*argv: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["rmsnorm"], "op must be one of rms_norm, sigmoid_loss"),
+        (["rmsnorm"], "op must be one of linear, rms_norm"),
         (["rms_norm", "--samples", "nope"], "sample must be one of empty, one"),
         (["--dtypes", "int8"], "dtype must be one of fp32, bf16, fp16, got 'int8'"),
         (["--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),
