@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -53,6 +53,8 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "b
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             resized = image.convert("RGB").resize((width, height), chosen)
+    except UnidentifiedImageError as error:  # Pillow's own message names an address in memory
+        raise ValueError("no readable picture: cannot identify its format") from error
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         raise ValueError(f"no readable picture: {error or type(error).__name__}") from error
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()

@@ -54,7 +54,7 @@ class _FileTokenizer:
         except Exception as error:  # the libraries raise plain Exception and RuntimeError
             raise DataError(f"{path}: not a readable tokenizer ({error})") from error
         self.end = self._special("eos_token", _ENDS)
-        self.pad = self._special("pad_token", _PADS, self.end)
+        self.pad = self._special("pad_token", () if self.canonical else _PADS, self.end)
 
     def _load(self) -> None:
         """From `content`."""
@@ -149,7 +149,7 @@ class SentencePieceTokenizer(_FileTokenizer):
 
 def _find(folder: Path) -> Path:
     """The tokenizer file of a folder."""
-    for name in (BYTE_PAIRS, "tokenizer.json", "spiece.model", "tokenizer.model"):
+    for name in (BYTE_PAIRS, "spiece.model", "tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
             return folder / name
     models = sorted(folder.glob("*.model"))
