@@ -7,47 +7,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlkern.errors import UserError
 from vlkern.evaluation import plots, report, tasks
-from vlkern.evaluation.encoder import Embedded, Encoder, load_encoder
-from vlkern.evaluation.pictures import FolderPictures, ShardPictures, open_pictures
+from vlkern.evaluation.encoder import Embedded, Encoder
+from vlkern.evaluation.options import add_model, encoder_of, whole
+from vlkern.evaluation.pictures import FolderPictures, ShardPictures, open_pictures, require_some
 from vlkern.evaluation.progress import Bar, say
 from vlkern.evaluation.zeroshot import TEMPLATES, load_classes, load_templates
-
-
-def whole(value: str) -> int:
-    """For argparse: a whole number above 0."""
-    try:
-        number = int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {value!r}") from None
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return number
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model runs, and how."""
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="RUN/model of a training, or a Hugging Face directory")
-    add(
-        "--tokenizer", metavar="PATH", help="tokenizer file or folder, or `bytes` (default: the one in the model's DIR)"
-    )
-    add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda if there is a GPU)")
-    add("--precision", choices=("bf16", "fp32"), help="of the towers (default: bf16 where that is faster)")
-    add("--batch", type=whole, default=64, metavar="N", help="pictures or texts embedded at once (default: 64)")
-
-
-def encoder_of(args: argparse.Namespace) -> Encoder:
-    """What these options ask for."""
-    bfloat16 = None if args.precision is None else args.precision == "bf16"
-    encoder = load_encoder(
-        args.model, tokenizer=args.tokenizer, device=args.device, bfloat16=bfloat16, batch=args.batch
-    )
-    say("model", f"{args.model}: {encoder}")
-    return encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +55,7 @@ def _embed(encoder: Encoder, pictures: FolderPictures | ShardPictures) -> Embedd
     say("data", f"{pictures.place}: {len(pictures)} pictures")
     with Bar("pictures", len(pictures)) as bar:
         found = encoder.pictures(pictures, show=bar.update)
+    require_some(pictures, len(found.kept), found.skipped)
     known = pictures.shards.skipped if isinstance(pictures, ShardPictures) else []
     skipped = [*known, *found.skipped]
     for line in skipped:
@@ -117,14 +84,71 @@ def _languages(asked: Sequence[str], present: Sequence[str], key: str) -> list[s
     return list(dict.fromkeys(asked))
 
 
-def _labels(
-    pictures: FolderPictures | ShardPictures, kept: Sequence[int], records: Sequence[dict[str, Any]], key: str | None
-) -> list[tuple[str, ...]]:
-    """The classes of the pictures that were embedded."""
-    if isinstance(pictures, FolderPictures):
-        return [(pictures.label(i),) for i in kept]
-    assert key is not None
-    return [tasks.strings_at(record, key) for record in records]
+class _Asked:
+    """What the pictures are asked for, read from their records; that it fits is known before anything is embedded.
+
+    labels   keys of the classes of each picture; empty without zero-shot
+    classes  key -> names
+    names    language -> the names of each picture
+    """
+
+    def __init__(self, args: argparse.Namespace, pictures: FolderPictures | ShardPictures) -> None:
+        self.labels: list[tuple[str, ...]] = []
+        self.classes: dict[str, tuple[str, ...]] = {}
+        self.names: dict[str, list[tuple[str, ...]]] = {}
+        if isinstance(pictures, FolderPictures):
+            self.labels = [(pictures.label(i),) for i in range(len(pictures))]
+        elif args.languages or args.class_key:
+            records = [pictures.shards.record(i) for i in range(len(pictures))]
+            if args.languages:
+                names = tasks.find_languages(records, args.names_key)
+                self.names = {name: names[name] for name in _languages(args.languages, list(names), args.names_key)}
+            if args.class_key:
+                self.labels = [tasks.strings_at(record, args.class_key) for record in records]
+                if not any(self.labels):
+                    raise UserError(f"--class-key {args.class_key}: no picture has a class (a string) there")
+        if self.labels:
+            self.classes = args.names or {label: (label,) for label in sorted(set(chain(*self.labels)))}
+            tasks.numbered(self.labels, self.classes)
+
+
+#: As JSON, and what its plot is drawn from.
+Part = tuple[dict[str, Any], Any]
+
+
+def _retrieval(encoder: Encoder, embedded: Embedded, pictures: ShardPictures, ks: Sequence[int]) -> Part:
+    captions = [pictures.shards.captions_of(i) for i in embedded.kept.tolist()]
+    with Bar("captions", sum(map(len, captions))) as bar:
+        found = tasks.retrieve(encoder, embedded.vectors, captions, show=bar.update)
+    return tasks.retrieval_json(found, ks), found
+
+
+def _by_language(
+    encoder: Encoder, embedded: Embedded, names: dict[str, list[tuple[str, ...]]], ks: Sequence[int]
+) -> Part:
+    results = {}
+    with Bar("languages", len(names)) as bar:
+        for language, all_names in names.items():
+            of_kept = [all_names[i] for i in embedded.kept.tolist()]
+            if not any(of_kept):
+                raise UserError(f"--languages: no readable picture has a name in {language!r}")
+            results[language] = tasks.retrieval_json(tasks.retrieve(encoder, embedded.vectors, of_kept), ks)
+            bar.update(len(results))
+    return results, results
+
+
+def _zero_shot(encoder: Encoder, embedded: Embedded, asked: _Asked, templates: Sequence[str]) -> Part:
+    labels = [asked.labels[i] for i in embedded.kept.tolist()]
+    labelled = [n for n, keys in enumerate(labels) if keys]
+    if without := len(labels) - len(labelled):
+        say("", f"left out of zero-shot: {without} pictures without a class")
+    if not labelled:
+        raise UserError("no readable picture has a class")
+    with Bar("sentences", sum(map(len, asked.classes.values())) * len(templates)) as bar:
+        vectors, right = embedded.vectors[labelled], [labels[n] for n in labelled]
+        found = tasks.zero_shot(encoder, vectors, right, asked.classes, templates, show=bar.update)
+    result = tasks.zero_shot_json(found)
+    return result, result
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,61 +158,26 @@ def run(args: argparse.Namespace) -> int:
     key = args.caption_key if args.retrieval else args.names_key if args.languages else args.class_key
     pictures = open_pictures(args.images, args.data, encoder.image_size, resample=encoder.resample, caption_key=key)
     ks = _ks(args.k, len(pictures))
-    numbers = range(len(pictures))
-    shards = pictures.shards if isinstance(pictures, ShardPictures) else None
-    records = [shards.record(i) for i in numbers] if shards and (args.languages or args.class_key) else []
-    names = tasks.find_languages(records, args.names_key) if args.languages else {}
-    languages = _languages(args.languages, list(names), args.names_key) if args.languages else []
-    if args.class_key or args.images:
-        labels = _labels(pictures, numbers, records, args.class_key)
-        if not any(labels):
-            raise UserError(f"--class-key {args.class_key}: no picture has a class there")
-        classes = args.names or {label: (label,) for label in sorted(set(chain(*labels)))}
-        tasks.numbered(labels, classes)  # that they fit is said before the work
-
+    asked = _Asked(args, pictures)
     embedded = _embed(encoder, pictures)
-    kept = embedded.kept.tolist()
     results: dict[str, Any] = {
         "schema": 1,
         "model": f"{args.model}: {encoder}",
         "data": pictures.place,
-        "pictures": len(kept),
+        "pictures": len(embedded.kept),
         "skipped": embedded.skipped,
     }
-    drawn: list[Any] = []
-    if args.retrieval:
-        assert shards is not None
-        captions = [shards.captions_of(i) for i in kept]
-        with Bar("captions", sum(map(len, captions))) as bar:
-            found = tasks.retrieve(encoder, embedded.vectors, captions, show=bar.update)
-        results["retrieval"] = tasks.retrieval_json(found, ks)
-        drawn.append(lambda: plots.retrieval_plot(found))
-    if languages:
-        results["languages"] = {}
-        with Bar("languages", len(languages)) as bar:
-            for done, language in enumerate(languages, 1):
-                of_kept = [names[language][i] for i in kept]
-                if not any(of_kept):
-                    raise UserError(f"--languages: no readable picture has a name in {language!r}")
-                spoken = tasks.retrieve(encoder, embedded.vectors, of_kept)
-                results["languages"][language] = tasks.retrieval_json(spoken, ks)
-                bar.update(done)
-        drawn.append(lambda: plots.language_plot(results["languages"]))
-    if args.class_key or args.images:
-        has = [n for n, i in enumerate(kept) if labels[i]]
-        with Bar("sentences", sum(map(len, classes.values())) * len(args.templates)) as bar:
-            asked = tasks.zero_shot(
-                encoder,
-                embedded.vectors[torch.tensor(has)],
-                [labels[kept[n]] for n in has],
-                classes,
-                args.templates,
-                show=bar.update,
-            )
-        results["zero_shot"] = tasks.zero_shot_json(asked)
-        drawn.append(lambda: plots.zero_shot_plot(results["zero_shot"]))
+    parts: dict[str, Part] = {}
+    if args.retrieval and isinstance(pictures, ShardPictures):
+        parts["retrieval"] = _retrieval(encoder, embedded, pictures, ks)
+    if asked.names:
+        parts["languages"] = _by_language(encoder, embedded, asked.names, ks)
+    if asked.labels:
+        parts["zero_shot"] = _zero_shot(encoder, embedded, asked, args.templates)
+    results |= {name: result for name, (result, _) in parts.items()}
     report.show(results)
     if args.out is not None:
-        written = report.write(results, [file for draw in drawn for file in draw()], args.out)
+        files = [file for name, (_, subject) in parts.items() for file in plots.DRAW[name](subject)]
+        written = report.write(results, files, args.out)
         say("wrote", f"{args.out}: {', '.join(written)}")
     return 0

@@ -125,9 +125,6 @@ class Encoder:
             pictures: a `FolderPictures` or `ShardPictures` of the model's `image_size`.
             numbers: which ones; None is all.
             show: called with the number of pictures done, after each batch.
-
-        Raises:
-            UserError: not one picture can be read.
         """
         wanted = list(range(len(pictures))) if numbers is None else list(numbers)
         vectors, kept, skipped = [torch.empty(0, self.width)], list[int](), list[str]()
@@ -140,8 +137,6 @@ class Encoder:
                 vectors.append(self.images(torch.stack([pixels for _, pixels in good])))
             done += len(batch)
             show(done)
-        if wanted and not kept:
-            raise UserError(f"{pictures.place}: not one of {len(wanted)} pictures can be read; the first: {skipped[0]}")
         return Embedded(torch.cat(vectors), torch.tensor(kept, dtype=torch.int64), skipped)
 
     def probability(self, cosine: torch.Tensor) -> torch.Tensor:
@@ -195,28 +190,30 @@ def load_encoder(
     """An encoder from what `vlkern train siglip` wrote in RUN/model, or from a Hugging Face directory.
 
     Args:
-        folder: with config.json, weights and tokenizer.
-        tokenizer: as in `vlkern.data.load_tokenizer`, if the folder has none.
+        folder: with config.json, weights and tokenizer; or one file that `vlkern.models.load_pretrained` reads, with
+            the tokenizer beside it.
+        tokenizer: as in `vlkern.data.load_tokenizer`, if there is none.
         device: default: the GPU if there is one.
         bfloat16: default: where that is faster.
         batch: how many pictures or texts are embedded at once.
 
     Raises:
-        UserError: there is no such folder, no SigLIP in it, no tokenizer, or one that does not fit.
+        UserError: there is nothing, no SigLIP in it, no tokenizer, or one that does not fit.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"--model {folder}: {'not a folder' if path.exists() else 'no such folder'}")
+    if not path.exists():
+        raise UserError(f"--model {folder}: no such folder or file")
+    beside = path if path.is_dir() else path.parent
     device = device or default_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available ({next(iter(str(error).splitlines()), '')})") from error
-    model = models.load_pretrained(path)
+    model = models.load_pretrained(path, dtype=torch.float32)
     if not isinstance(model, Siglip):
         raise UserError(f"--model {folder}: expected a SigLIP, got a {type(model).__name__}")
     try:
-        words = data.load_tokenizer(tokenizer or path, model.config.text.length)
+        words = data.load_tokenizer(tokenizer or beside, model.config.text.length)
     except data.DataError as error:
         raise error if tokenizer else UserError(f"{error}; give one with --tokenizer") from error
     return Encoder(
@@ -224,6 +221,6 @@ def load_encoder(
         words,
         device=device,
         bfloat16=fast_bfloat16(device) if bfloat16 is None else bfloat16,
-        resample=_resample(path),
+        resample=_resample(beside),
         batch=batch,
     )

@@ -118,6 +118,8 @@ class ShardPictures:
     def __init__(self, shards: PairShards) -> None:
         self.shards = shards
         self.place = ", ".join(map(str, shards.paths))
+        status = [path.stat() for path in shards.paths]
+        self._stamp = Stamp(max(s.st_mtime_ns for s in status), sum(s.st_size for s in status))
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -134,11 +136,6 @@ class ShardPictures:
         """Of the shards, as one."""
         return self._stamp
 
-    @property
-    def _stamp(self) -> Stamp:
-        status = [path.stat() for path in self.shards.paths]
-        return Stamp(max(s.st_mtime_ns for s in status), sum(s.st_size for s in status))
-
     def file(self, index: int) -> bytes:
         """The picture's member of the shard."""
         pair, lines = self.shards.read(index)
@@ -152,6 +149,12 @@ class ShardPictures:
         if pair is None or lines:
             raise ValueError(lines[index])
         return pair.pixels
+
+
+def require_some(pictures: Pictures, kept: int, skipped: list[str]) -> None:
+    """Raise UserError if not one picture could be read."""
+    if not kept:
+        raise UserError(f"{pictures.place}: not one of {len(pictures)} pictures can be read; the first: {skipped[0]}")
 
 
 def open_pictures(

@@ -10,6 +10,8 @@ from vlkern.data.text import write_file
 from vlkern.errors import UserError
 from vlkern.evaluation.tables import Table, cut, percent
 
+#: Directions, and how they are written in tables.
+_WAYS = {"text_to_image": "T→I", "image_to_text": "I→T"}
 #: Rows of the classes' table on a terminal; results.md has all.
 ROWS = 40
 
@@ -33,12 +35,11 @@ def check_file(option: str, path: Path) -> None:
 
 
 def _both(result: dict[str, Any], kind: str) -> list[str]:
-    return [percent(v) for way in ("text_to_image", "image_to_text") for v in result[way][kind].values()]
+    return [percent(v) for way in _WAYS for v in result[way][kind].values()]
 
 
 def _head(result: dict[str, Any]) -> list[str]:
-    short = {"text_to_image": "T→I", "image_to_text": "I→T"}
-    return [f"{short[way]} @{k}" for way in short for k in result[way]["recall"]]
+    return [f"{short} @{k}" for way, short in _WAYS.items() for k in result[way]["recall"]]
 
 
 def retrieval_table(result: dict[str, Any]) -> Table:
@@ -49,23 +50,20 @@ def retrieval_table(result: dict[str, Any]) -> Table:
 
 
 def language_table(results: dict[str, dict[str, Any]]) -> Table:
-    """A language a line, and their mean."""
-    ks = {way: list(max(results.values(), key=lambda r: r["pictures"])[way]["recall"]) for way in _WAYS}
-    head = ["language", "pictures", *(f"{short} @{k}" for way, short in _WAYS.items() for k in ks[way])]
-    chance = list(ks["text_to_image"])[-1]
-    rows = []
+    """A language a line, and their mean; a k that is too large for a language is left out there."""
+    most = max(results.values(), key=lambda r: r["pictures"])
+    columns = [(way, k) for way in _WAYS for k in most[way]["recall"]]
+    largest = list(most["text_to_image"]["recall"])[-1]
+    rows, total = [], dict[tuple[str, str], list[float]]()
     for language, result in results.items():
-        cells = [result[way]["recall"].get(k) for way in _WAYS for k in ks[way]]
-        own = result["text_to_image"]["chance"].get(chance)
-        rows.append([language, str(result["pictures"]), *map(_cell, cells), _cell(own)])
-    columns = [
-        [r[way]["recall"][k] for r in results.values() if k in r[way]["recall"]] for way in _WAYS for k in ks[way]
-    ]
-    rows.append(["mean", "", *(percent(sum(c) / len(c)) for c in columns), ""])
-    return Table(f"retrieval in {len(results)} languages", [*head, f"chance @{chance}"], rows)
-
-
-_WAYS = {"text_to_image": "T→I", "image_to_text": "I→T"}
+        values = [result[way]["recall"].get(k) for way, k in columns]
+        for column, value in zip(columns, values, strict=True):
+            total.setdefault(column, []).extend([] if value is None else [value])
+        chance = result["text_to_image"]["chance"].get(largest)
+        rows.append([language, str(result["pictures"]), *map(_cell, values), _cell(chance)])
+    rows.append(["mean", "", *(percent(sum(total[c]) / len(total[c])) for c in columns), ""])
+    head = ["language", "pictures", *_head(most), f"chance @{largest}"]
+    return Table(f"retrieval in {len(results)} languages", head, rows)
 
 
 def _cell(value: float | None) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlkern.data.text import write_file
 from vlkern.errors import UserError
-from vlkern.evaluation.cli import add_model, encoder_of, whole
+from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import Pictures, open_pictures
 from vlkern.evaluation.progress import Bar, say
 from vlkern.evaluation.report import check_file
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         index, numbers, skipped, reused = build(encoder, pictures, old, show=bar.update)
     kept = numbers.tolist()
     say("pictures", f"{len(index)} in {pictures.place}" + (f", {reused} of them from {args.index}" if old else ""))
+    if old and old.model != index.model:
+        say("", "its embeddings are those of another model, or of another precision: all are made anew")
     if skipped:
         say("", f"{len(skipped)} left out, because they cannot be read:")
     for line in skipped:

@@ -10,7 +10,7 @@ import torch
 from vlkern.data.text import write_file
 from vlkern.errors import UserError
 from vlkern.evaluation.encoder import Encoder
-from vlkern.evaluation.pictures import Pictures, Stamp
+from vlkern.evaluation.pictures import Pictures, Stamp, require_some
 
 _FORMAT = "vlkern search index 1"
 
@@ -110,8 +110,10 @@ def build(
     reused = {i: known[key] for i, key in enumerate(zip(names, stamps, strict=True)) if key in known}
     missing = [i for i in range(len(pictures)) if i not in reused]
     fresh = encoder.pictures(pictures, missing, show=show) if missing else None
-    vectors = torch.zeros(len(pictures), encoder.width)
     kept = sorted([*reused, *(fresh.kept.tolist() if fresh else [])])
+    skipped = fresh.skipped if fresh else []
+    require_some(pictures, len(kept), skipped)
+    vectors = torch.zeros(len(pictures), encoder.width)
     if reused:
         assert old is not None
         vectors[list(reused)] = old.vectors[list(reused.values())]
@@ -124,4 +126,4 @@ def build(
         torch.tensor([stamps[i] for i in kept], dtype=torch.int64),
         vectors[numbers],
     )
-    return index, numbers, fresh.skipped if fresh else [], len(reused)
+    return index, numbers, skipped, len(reused)

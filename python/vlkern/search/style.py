@@ -20,7 +20,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 40
   margin: 1.75rem 0 0; }
 dl div { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; padding: .7rem .9rem; }
 dt { color: var(--soft); font-size: .8rem; }
-dd { margin: .1rem 0 0; font-weight: 600; font-variant-numeric: tabular-nums; }
+dd { margin: .1rem 0 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .query { font-size: 1.05rem; margin: 1.6rem 0 .6rem; }
 .query::before { content: "\\201C"; color: var(--soft); } .query::after { content: "\\201D"; color: var(--soft); }
 .cards { display: grid; grid-template-columns: repeat(8, 1fr); gap: .75rem; }

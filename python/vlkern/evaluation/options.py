@@ -1,0 +1,40 @@
+"""The options of every command that runs a trained model, and the encoder that they ask for."""
+
+import argparse
+from pathlib import Path
+
+from vlkern.evaluation.encoder import Encoder, load_encoder
+from vlkern.evaluation.progress import say
+
+
+def whole(value: str) -> int:
+    """For argparse: a whole number above 0."""
+    try:
+        number = int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {value!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return number
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model runs, and how."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="RUN/model of a training, or a Hugging Face directory")
+    add(
+        "--tokenizer", metavar="PATH", help="tokenizer file or folder, or `bytes` (default: the one in the model's DIR)"
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda if there is a GPU)")
+    add("--precision", choices=("bf16", "fp32"), help="of the towers (default: bf16 where that is faster)")
+    add("--batch", type=whole, default=64, metavar="N", help="pictures or texts embedded at once (default: 64)")
+
+
+def encoder_of(args: argparse.Namespace) -> Encoder:
+    """What these options ask for."""
+    bfloat16 = None if args.precision is None else args.precision == "bf16"
+    encoder = load_encoder(
+        args.model, tokenizer=args.tokenizer, device=args.device, bfloat16=bfloat16, batch=args.batch
+    )
+    say("model", f"{args.model}: {encoder}")
+    return encoder
