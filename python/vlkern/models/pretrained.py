@@ -6,7 +6,7 @@ or the shapes of its tensors), then all of its tensors, once every name, shape a
 
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -125,16 +125,21 @@ def save_pretrained(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as part:
+        part = folder / ".writing"
+        shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+        part.mkdir()
+        try:
             for name, names in shards.items():
-                save_file({key: tensors[key] for key in names}, Path(part, name), metadata={"format": "pt"})
+                save_file({key: tensors[key] for key in names}, part / name, metadata={"format": "pt"})
             if len(shards) > 1:
                 weight_map = {key: name for name, names in shards.items() for key in names}
                 size = sum(tensor.nbytes for tensor in tensors.values())
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-                Path(part, _INDEX).write_text(_json(index), encoding="utf-8")
-            Path(part, _CONFIG).write_text(_json(config), encoding="utf-8")
-            _publish(Path(part), folder, list(shards))
+                (part / _INDEX).write_text(_json(index), encoding="utf-8")
+            (part / _CONFIG).write_text(_json(config), encoding="utf-8")
+            _publish(part, folder, list(shards))
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the model ({getattr(error, 'strerror', None) or error})") from error
 

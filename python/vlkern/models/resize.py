@@ -30,11 +30,9 @@ def positions(
         raise ValueError(f"weight must have shape [{old[0] * old[1]}, D], got {list(weight.shape)}")
     if old == new:
         return weight
-    grid_1Dhw = weight.to(torch.promote_types(weight.dtype, torch.float32)).T.unflatten(1, old)[None]
-    moved = F.interpolate(
-        grid_1Dhw, size=new, mode="bilinear", align_corners=align_corners, antialias=not align_corners
-    )
-    return moved[0].flatten(1).T.to(weight.dtype).contiguous()
+    grid_hwD = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(0, old)
+    rows, columns = (_matrix(*sizes, align_corners).to(grid_hwD) for sizes in zip(old, new, strict=True))
+    return torch.einsum("ah,bw,hwd->abd", rows, columns, grid_hwD).flatten(0, 1).to(weight.dtype)
 
 
 def patches(weight: torch.Tensor, side: int) -> torch.Tensor:
@@ -55,8 +53,13 @@ def patches(weight: torch.Tensor, side: int) -> torch.Tensor:
     old = weight.shape[-1]
     if side == old:
         return weight
-    # Bilinear with antialias, one axis: every column of the identity is a row of pixels, resized by itself.
-    columns = torch.eye(old, dtype=torch.float64).reshape(1, old, old, 1)
-    resize_QP = F.interpolate(columns, size=(side, 1), mode="bilinear", antialias=True)[0, :, :, 0].T
-    inverse_QP = torch.linalg.pinv(resize_QP.T).to(weight.device)
+    inverse_QP = torch.linalg.pinv(_matrix(old, side, align_corners=False).T).to(weight.device)
     return (inverse_QP @ weight.double() @ inverse_QP.T).to(weight.dtype)
+
+
+def _matrix(old: int, new: int, align_corners: bool) -> torch.Tensor:
+    """[new, old] float64: linear resizing along one axis. Bilinear resizing does one axis after the other."""
+    # The columns of the identity, side by side. (As channels of width 1, torch 2.13 takes them for channels-last.)
+    columns = torch.eye(old, dtype=torch.float64)[None, None]
+    size = (new, old)
+    return F.interpolate(columns, size, mode="bilinear", align_corners=align_corners, antialias=not align_corners)[0, 0]

@@ -1,0 +1,80 @@
+"""Every preset on the meta device: shapes, and the exact number of parameters of transformers' model."""
+
+from collections import Counter
+
+import pytest
+import torch
+from peers import load, transformers_config
+
+from vlkern import models
+from vlkern.models.siglip import PRESETS
+
+RELEASED = {
+    *(f"siglip-base-patch16-{side}" for side in (224, 256, 384, 512)),
+    *(f"siglip-large-patch16-{side}" for side in (256, 384)),
+    *(f"siglip-so400m-patch14-{side}" for side in (224, 384)),
+    "siglip-base-patch16-256-multilingual",
+    "siglip2-base-patch32-256",
+    *(f"siglip2-base-patch16-{side}" for side in (224, 256, 384, 512)),
+    *(f"siglip2-large-patch16-{side}" for side in (256, 384, 512)),
+    *(f"siglip2-so400m-patch14-{side}" for side in (224, 384)),
+    *(f"siglip2-so400m-patch16-{side}" for side in (256, 384, 512)),
+    *(f"siglip2-giant-opt-patch16-{side}" for side in (256, 384)),
+}
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_all_released_names():
+    assert set(models.list_models()) == RELEASED | {"siglip-tiny", "siglip-small"}
+    assert not [name for name, times in Counter(models.list_models()).items() if times > 1]
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_transformers_has_the_same_parameters(name):
+    transformers = load("transformers")
+    with torch.device("meta"):
+        ours = models.create(name)
+        theirs = transformers.SiglipModel(transformers_config(PRESETS[name]))
+    shapes = {key: tuple(p.shape) for key, p in ours.named_parameters()}
+    assert shapes == {key: tuple(p.shape) for key, p in theirs.named_parameters()}
+    assert _count(ours) == _count(theirs)
+
+
+@pytest.mark.parametrize("name", ["siglip-tiny", "siglip-so400m-patch14-384", "siglip2-giant-opt-patch16-256"])
+def test_forward_on_the_meta_device(name):
+    with torch.device("meta"):
+        model = models.create(name)
+        c = model.config
+        image, text = model(torch.empty(2, 3, *c.vision.image_size), torch.empty(2, c.text.length, dtype=torch.long))
+    assert image.shape == text.shape == (2, c.vision.width)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "text"),
+    [
+        ("siglip2-base-patch16-256", 92.9, 282),
+        ("siglip2-base-patch32-256", 94.6, 282),
+        ("siglip2-large-patch16-256", 316, 566),
+        ("siglip2-so400m-patch14-224", 428, 708),
+        ("siglip2-giant-opt-patch16-256", 1163, 708),
+    ],
+)
+def test_the_papers_parameter_counts(name, image, text):
+    """In millions, as far as the digits go."""
+    with torch.device("meta"):
+        model = models.create(name)
+    assert _count(model.vision_model) / 1e6 == pytest.approx(image, rel=2e-3)
+    assert _count(model.text_model) / 1e6 == pytest.approx(text, rel=2e-3)
+
+
+def test_sizes_that_names_do_not_tell():
+    assert PRESETS["siglip-so400m-patch14-224"].text.length == 16
+    assert PRESETS["siglip-so400m-patch14-384"].text.length == 64
+    assert PRESETS["siglip-so400m-patch14-384"].vision.patches == 27 * 27
+    vocabularies = {name: PRESETS[name].text.vocabulary for name in RELEASED}
+    assert vocabularies.pop("siglip-base-patch16-256-multilingual") == 250_000
+    assert {v for name, v in vocabularies.items() if name.startswith("siglip-")} == {32_000}
+    assert {v for name, v in vocabularies.items() if name.startswith("siglip2-")} == {256_000}
