@@ -6,6 +6,7 @@ that runs when it is loaded, so it is refused, whatever its name.
 
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,10 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
+# What zipfile, zlib and NumPy raise for damaged files; RuntimeError is for sizes below zero.
+_BAD_ARCHIVE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
 class NpzFile:
     """The arrays of an .npz file. bfloat16, which NumPy writes as two bytes without a type, is recognised.
 
@@ -91,7 +96,7 @@ class NpzFile:
                         objects.append(name)
                     else:
                         self.shapes[name] = torch.empty(shape, dtype=_torch_dtype(dtype), device="meta")
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except _BAD_ARCHIVE as error:
             raise UserError(f"{path}: not a whole .npz file ({_first_line(error)})") from error
         if objects:
             raise UserError(
@@ -105,7 +110,7 @@ class NpzFile:
             try:
                 with np.load(self.path, allow_pickle=False) as file:
                     array = file[name]
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            except _BAD_ARCHIVE as error:
                 raise UserError(f"{self.path}: cannot read {name} ({_first_line(error)})") from error
             if _is_bfloat16(array.dtype):
                 tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
