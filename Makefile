@@ -37,7 +37,7 @@ lint: .venv/built  ## ruff, mypy, clang-format
 
 # Offline, with the packages that $(PYTHON) has; nothing is installed. What says nothing about a GPU stays out: it needs packages
 # and tools that such a machine may lack. A failed test does not keep the benchmark from running.
-NO_GPU := data test_cli.py test_demo.py test_install.py test_sanitizers.py
+NO_GPU := data train test_cli.py test_demo.py test_install.py test_sanitizers.py
 gpu-check: export PYTHONPATH := $(CURDIR)/python
 gpu-check:  ## on a machine with a GPU: build, test every backend, benchmark
 	$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check needs a GPU that PyTorch can use")'

@@ -31,7 +31,20 @@ def folder(tmp_path):
 
 
 def options(shard, folder, *more):
-    fixed = ["--preset", "test", "--data", shard, "--out", folder, "--batch", 8, "--precision", "fp32"]
+    fixed = [
+        "--preset",
+        "test",
+        "--data",
+        shard,
+        "--out",
+        folder,
+        "--batch",
+        8,
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
     return [str(a) for a in ["train", "siglip", *fixed, *more]]
 
 
