@@ -13,7 +13,8 @@ STEPS = 10
 def arguments(data, folder):
     return [
         "train", "siglip", "--preset", "test", "--data", data, "--out", folder, "--steps", STEPS, "--batch", 8,
-        "--save-every", 1, "--log-every", 1, "--keep", 2, "--precision", "fp32", "--augment", "--lr", 0.01, "--device", "cpu",
+        "--save-every", 1, "--log-every", 1, "--keep", 2, "--precision", "fp32", "--augment", "--lr", 0.01,
+        "--device", "cpu",
     ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class SiglipTask:
         augmented: bool,
     ) -> None:
         self.model: Any = model
-        self.objective = Objective(model, ranks.group)
+        self.objective: nn.Module = Objective(model, ranks.group)
         self._recipe, self._steps, self._ranks, self._pairs, self._tokenizer = recipe, steps, ranks, pairs, tokenizer
         self._seed, self._workers, self._augmented = seed, workers, augmented
 

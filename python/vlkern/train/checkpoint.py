@@ -75,7 +75,7 @@ class Checkpoints:
             return Progress()
         path = self._folder / f"step-{step}"
         weights, moments = get_state_dict(model, optimizer)
-        state = {"model": weights, "optimizer": moments, "seconds": 0.0, "run": ""}
+        state: dict[str, Any] = {"model": weights, "optimizer": moments, "seconds": 0.0, "run": ""}
         try:
             dcp.load(state, checkpoint_id=path, process_group=self._group)
         except (CheckpointException, Exception) as error:

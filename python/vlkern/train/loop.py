@@ -156,7 +156,9 @@ def train(task: Task, plan: Plan, ranks: Ranks, folder: Path, run: str) -> None:
         finally:
             # Also after an error: the one being written is of a step that went well.
             checkpoints.finish()
-    weights = get_model_state_dict(task.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights: dict[str, Any] = get_model_state_dict(
+        task.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     ranks.agree(lambda: task.save(weights, folder / "model"))
 
 

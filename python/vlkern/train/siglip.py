@@ -60,7 +60,7 @@ def _model(settings: Settings) -> Siglip:
             model = models.load_pretrained(origin, image_size=size, dtype=torch.float32)
         else:
             with torch.device("meta"):
-                config = models.create(settings["preset"]).config
+                config: Any = models.create(settings["preset"]).config
             if size:
                 config = replace(config, vision=resized_config(config.vision, size, None))
             torch.manual_seed(settings["seed"])

@@ -25,6 +25,9 @@ class Task(Protocol):
     def optimizer(self) -> torch.optim.Optimizer:
         """Made after the model was spread over the ranks. Each group has a "multiple" of the learning rate."""
 
+    def rate(self, number: int) -> float:
+        """Learning rate of step `number`, counted from 0."""
+
     def batches(self, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """This rank's part of the global batches number `start`, `start` + 1, ...: a function of seed and number."""
 
