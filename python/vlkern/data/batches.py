@@ -136,7 +136,7 @@ def batches(
         raise DataError(f"a batch of {global_batch} needs at least as many pairs, got {len(dataset)}")
     loader = DataLoader(
         _Items(dataset),
-        batch_sampler=_Steps(len(dataset), global_batch, seed, start, rank, world),  # type: ignore[arg-type]
+        batch_sampler=_Steps(len(dataset), global_batch, seed, start, rank, world),
         num_workers=workers,
         collate_fn=_Collate(tokenizer),
         pin_memory=torch.cuda.is_available(),

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+#: Told by their first bytes: Pillow would try seven formats before WebP, a fifth of the time of a small picture.
+_FORMATS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -46,8 +48,9 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "b
         ValueError: `resample` or `size` is none of these, or the data is no picture that Pillow can decode.
     """
     (height, width), chosen = check_size(size), check_resample(resample)
+    formats = [name for magic, name in _FORMATS.items() if data.startswith(magic)]
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=formats or None) as opened:
             image: Image.Image = opened
             if image.has_transparency_data:
                 image = image.convert("RGBA")

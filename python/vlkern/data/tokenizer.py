@@ -2,6 +2,7 @@
 
 import json
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ class Tokenizer(Protocol):
         """Write what `load_tokenizer(folder, length)` needs."""
 
 
-class _FileTokenizer:
+class _FileTokenizer(ABC):
     """Lower-cased text -> pieces, end token, pads; a text that is too long keeps its first length - 1 pieces.
 
     With `canonical` (SigLIP 1) ASCII punctuation is removed and runs of blanks become one.
@@ -56,15 +57,22 @@ class _FileTokenizer:
         self.end = self._special("eos_token", _ENDS)
         self.pad = self._special("pad_token", () if self.canonical else _PADS, self.end)
 
+    @abstractmethod
     def _load(self) -> None:
-        """From `content`."""
-        raise NotImplementedError
+        """Make the library's object from `content`; it is not pickled."""
 
+    @abstractmethod
     def _id(self, token: str) -> int | None:
-        raise NotImplementedError
+        """Of a special token, None if it has none."""
 
+    @abstractmethod
     def _pieces(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """The ids of a text without special tokens."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """How many ids there are."""
 
     def _special(self, name: str, usual: Sequence[str], otherwise: int | None = None) -> int:
         """The id of a special token: that of the config, or of the first usual one that the vocabulary has."""
@@ -189,7 +197,7 @@ def load_tokenizer(source: str | Path, length: int) -> Tokenizer:
         raise DataError(f'{path}: no such tokenizer ("bytes", a file or a folder)')
     if path.name == BYTE_PAIRS:
         return ByteTokenizer.load(path, length)
-    kinds = {".json": JsonTokenizer, ".model": SentencePieceTokenizer}
+    kinds: dict[str, type[_FileTokenizer]] = {".json": JsonTokenizer, ".model": SentencePieceTokenizer}
     if path.suffix not in kinds:
         raise DataError(f"{path}: a tokenizer file is called *.json or *.model")
     return kinds[path.suffix](path, length, _config(path.parent / CONFIG))
