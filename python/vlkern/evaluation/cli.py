@@ -175,9 +175,9 @@ def run(args: argparse.Namespace) -> int:
     if asked.labels:
         parts["zero_shot"] = _zero_shot(encoder, embedded, asked, args.templates)
     results |= {name: result for name, (result, _) in parts.items()}
-    report.show(results)
     if args.out is not None:
         files = [file for name, (_, subject) in parts.items() for file in plots.DRAW[name](subject)]
         written = report.write(results, files, args.out)
         say("wrote", f"{args.out}: {', '.join(written)}")
+    report.show(results)
     return 0

@@ -92,15 +92,12 @@ def run(args: argparse.Namespace) -> int:
         say("index", str(args.index))
 
     answers = best(encoder, index.vectors, args.queries, min(count, len(index)))
-    for query, hits in zip(args.queries, answers, strict=True):
-        _show(query, hits, pictures, kept)
+    asked = list(zip(args.queries, answers, strict=True))
     if args.page is not None:
-        about = {"Model": f"{args.model}", "Size": str(encoder), "Pictures": f"{len(index)} in {pictures.place}"}
-        rows = [
-            (query, [_card(hit, pictures, kept[hit.picture]) for hit in hits])
-            for query, hits in zip(args.queries, answers, strict=True)
-        ]
+        about = {"Model": str(args.model), "Size": str(encoder), "Pictures": f"{len(index)} in {pictures.place}"}
+        rows = [(query, [_card(hit, pictures, kept[hit.picture]) for hit in hits]) for query, hits in asked]
         write_file(args.page, hits_page(about, rows, skipped).encode())
-        print()
         say("wrote", str(args.page))
+    for query, hits in asked:
+        _show(query, hits, pictures, kept)
     return 0
