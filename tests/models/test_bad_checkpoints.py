@@ -261,7 +261,6 @@ def test_what_shapes_do_not_tell(folder, tmp_path):
     assert "missing vision_model.embeddings.patch_embedding.weight, vision_model" in _refusal(
         tmp_path / "b.safetensors"
     )
-    del message
 
 
 def test_config_of_the_wrong_kind(tmp_path):

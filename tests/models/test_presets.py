@@ -43,7 +43,7 @@ def test_transformers_has_the_same_parameters(name):
     assert _count(ours) == _count(theirs)
 
 
-@pytest.mark.parametrize("name", ["siglip-tiny", "siglip-so400m-patch14-384", "siglip2-giant-opt-patch16-256"])
+@pytest.mark.parametrize("name", ["siglip-tiny", "siglip2-giant-opt-patch16-256"])
 def test_forward_on_the_meta_device(name):
     with torch.device("meta"):
         model = models.create(name)

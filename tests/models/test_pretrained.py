@@ -117,7 +117,7 @@ def dies_at(event):
             os._exit(9)
     hook.left = event
     sys.addaudithook(hook)
-for first, second in ((10**9, 10**9), (20_000, 20_000), (10**9, 20_000), (20_000, 10**9)):
+for first, second in ((10**9, 10**9), (25_000, 25_000), (10**9, 25_000), (25_000, 10**9)):
     for event in range(100):
         folder = f"{sys.argv[1]}/{first}-{second}-{event}"
         save(1, first)

@@ -66,7 +66,7 @@ def image_size(checkpoint: Checkpoint, patches: int, patch: int) -> tuple[int, i
     return side * patch, side * patch
 
 
-def vision_config(checkpoint: Checkpoint, patches: str, positions: str, fc1: str, depth: int) -> siglip.VisionConfig:
+def vision_config(checkpoint: Checkpoint, patches: str, positions: str, fc1: str, *, depth: int) -> siglip.VisionConfig:
     """An image tower with patch convolution `patches` [D, 3, P, P], `positions` [.., N, D] and first layer [mlp, D].
 
     Raises:
@@ -89,7 +89,7 @@ def vision_config(checkpoint: Checkpoint, patches: str, positions: str, fc1: str
     )
 
 
-def text_config(checkpoint: Checkpoint, tokens: str, positions: str, fc1: str, depth: int) -> siglip.TextConfig:
+def text_config(checkpoint: Checkpoint, tokens: str, positions: str, fc1: str, *, depth: int) -> siglip.TextConfig:
     """A text tower with tables `tokens` [V, D] and `positions` [L, D] and first layer [mlp, D].
 
     Raises:

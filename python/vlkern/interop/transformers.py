@@ -13,7 +13,7 @@ from vlkern.models.state import Checkpoint, Source, layers, same
 _IMAGE, _TEXT = "vision_model.", "text_model."
 _PATCHES = "embeddings.patch_embedding.weight"
 
-# What transformers takes for entries that config.json leaves out.
+# What transformers takes for entries that config.json leaves out, in the order of our configurations' fields.
 _TOWER = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -64,7 +64,8 @@ def _vision_size(checkpoint: Checkpoint, root: str) -> VisionConfig:
 def _text_size(checkpoint: Checkpoint) -> TextConfig:
     depth = layers(checkpoint.shapes, f"{_TEXT}encoder.layers.")
     tables = (f"{_TEXT}embeddings.{table}_embedding.weight" for table in ("token", "position"))
-    return text_config(checkpoint, *tables, f"{_TEXT}encoder.layers.0.mlp.fc1.weight", depth=depth)
+    names = (*tables, f"{_TEXT}encoder.layers.0.mlp.fc1.weight")
+    return text_config(checkpoint, *names, depth=depth)
 
 
 def from_json(entries: Mapping[str, Any], where: object = "config.json") -> SiglipConfig | VisionConfig:
@@ -145,20 +146,15 @@ def to_json(c: SiglipConfig, dtype: torch.dtype) -> dict[str, Any]:
 def _vision(entries: Mapping[str, Any], where: object) -> VisionConfig:
     got = _filled(entries, _VISION, _FIXED_VISION, where)
     size, patch = got["image_size"], got["patch_size"]
-    size = tuple(size) if isinstance(size, list) else (size, size)
+    got["image_size"] = tuple(size) if isinstance(size, list) else (size, size)
     if isinstance(patch, list) and len(set(patch)) == 1:
-        patch = patch[0]
-    return _checked(where, lambda: VisionConfig(*(got[name] for name in _TOWER), image_size=size, patch=patch))
+        got["patch_size"] = patch[0]
+    return _checked(where, lambda: VisionConfig(*got.values()))
 
 
 def _text(entries: Mapping[str, Any], where: object) -> TextConfig:
     got = _filled(entries, _LANGUAGE, _FIXED, where)
-    return _checked(
-        where,
-        lambda: TextConfig(
-            *(got[name] for name in _TOWER), vocabulary=got["vocab_size"], length=got["max_position_embeddings"]
-        ),
-    )
+    return _checked(where, lambda: TextConfig(*got.values()))
 
 
 def _filled(

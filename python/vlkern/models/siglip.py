@@ -16,6 +16,7 @@ Sources: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023; Tschan
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -325,7 +326,7 @@ def resized(
 def resized_config(c: VisionConfig, image_size: tuple[int, int] | int, patch: int | None) -> VisionConfig:
     """`c` for another size of pictures and patches (None keeps the patch)."""
     size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    return dataclasses.replace(c, image_size=size, patch=c.patch if patch is None else patch)
+    return dataclasses.replace(c, image_size=cast("tuple[int, int]", size), patch=c.patch if patch is None else patch)
 
 
 def resize_state(

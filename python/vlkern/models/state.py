@@ -24,10 +24,13 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Checkpoint(Protocol):
     """Named tensors in files."""
 
-    #: What errors call it.
-    path: Path
-    #: Every tensor without its data, on the meta device.
-    shapes: Mapping[str, torch.Tensor]
+    @property
+    def path(self) -> Path:
+        """What errors call it."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Tensor]:
+        """Every tensor without its data, on the meta device."""
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU."""
@@ -238,6 +241,7 @@ def collect(
     ]
     wrong += [f"unexpected {part} {list(shapes[part].shape)}" for part in left]
     if wrong:
+        wrong.sort(key=lambda line: line.split()[0])  # missing, unexpected, wrong
         raise UserError(f"{checkpoint.path}: {len(wrong)} tensors do not fit the model: {'; '.join(wrong)}")
 
     if dtype is None:
