@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -41,3 +43,32 @@ def test_steps_learn_a_fixed_batch(autocast):
     assert losses[0] > 9
     assert losses[-1] < 1
     assert [group["lr"] for group in optimizer.param_groups] == [3e-3, 3e-3, 3e-2]
+
+
+def test_rates_fall_with_the_distance_from_the_loss():
+    """A block below another has `layer_decay` times its rate; the decay of matrices does not follow."""
+    recipe = Recipe(batch=8, layer_decay=0.5, scalar_rate=3)
+    model = Siglip(dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, depth=2)))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = contrastive.optimizer(model, recipe).param_groups
+    multiple = {names[id(p)]: group["multiple"] for group in groups for p in group["params"]}
+    assert multiple.keys() == set(names.values())
+    tower = "vision_model."
+    assert multiple[tower + "head.probe"] == multiple[tower + "post_layernorm.weight"] == 1
+    assert multiple[tower + "encoder.layers.1.mlp.fc1.weight"] == 0.5
+    assert multiple[tower + "encoder.layers.0.layer_norm1.bias"] == 0.25
+    assert multiple[tower + "embeddings.position_embedding.weight"] == 0.125
+    assert multiple["text_model.embeddings.token_embedding.weight"] == 0.25
+    assert multiple["logit_scale"] == multiple["logit_bias"] == 3
+    shares = {group["multiple"] * recipe.rate * group["weight_decay"] for group in groups if group["weight_decay"]}
+    assert max(shares) == pytest.approx(min(shares)) == pytest.approx(recipe.weight_decay)
+
+
+def test_frozen_parameters_are_left_out():
+    torch.manual_seed(0)
+    model = Siglip(CONFIG)
+    model.vision_model.requires_grad_(False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = contrastive.optimizer(model, Recipe(batch=8)).param_groups
+    trained = {names[id(p)] for group in groups for p in group["params"]}
+    assert trained == {name for name in names.values() if not name.startswith("vision_model.")}

@@ -7,7 +7,7 @@ import pytest
 import runs
 import torch
 
-STEPS = 10
+STEPS = 8
 
 
 def arguments(data, folder):
@@ -62,8 +62,8 @@ def assert_same(folder, whole):
     assert [r["step"] for r in ours] == list(range(1, STEPS + 1))
     for name in ("loss", "lr", "grad_norm", "scale", "bias"):
         assert [r[name] for r in ours] == [r[name] for r in theirs], name
-    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert left == [f"step-{STEPS}", f"step-{STEPS - 1}"]
+    left = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert left == {f"step-{STEPS}", f"step-{STEPS - 1}"}
 
 
 def test_killed_at_every_file_operation(data, unbroken, tmp_path):
@@ -77,7 +77,7 @@ def test_killed_at_every_file_operation(data, unbroken, tmp_path):
         assert code == -9, said.with_name("said.0").read_text()
         unfinished += bool(list(folder.glob("checkpoints/*.tmp")))
         assert event < 200
-    assert event > 12 and unfinished > 4
+    assert event > 12 and unfinished > 3
     assert_same(folder, unbroken[1])
 
 
@@ -96,17 +96,25 @@ def test_killed_at_random_times_on_two_ranks(data, unbroken, tmp_path):
     assert_same(folder, unbroken[2])
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_learn_what_one_learns(parallel, data, unbroken, tmp_path):
-    folder = unbroken[2]
-    if parallel == "fsdp":
-        folder = tmp_path / "run"
-        runs.run([*arguments(data, folder), "--parallel", parallel], tmp_path / "said", world=2)
-    ours, theirs = runs.weights(folder), runs.weights(unbroken[1])
+def assert_close(folder, whole):
+    ours, theirs = runs.weights(folder), runs.weights(whole)
     for name in ours:
         # Adding a constant to all keys changes nothing: the gradient is rounding, and Adam makes steps of it.
         if not name.endswith(("k_proj.bias", "in_proj_bias")):
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
-    for a, b in zip(runs.records(folder), runs.records(unbroken[1]), strict=True):
+    for a, b in zip(runs.records(folder), runs.records(whole), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_two_ranks_learn_what_one_learns(unbroken):
+    assert_close(unbroken[2], unbroken[1])
+
+
+def test_from_two_ranks_with_fsdp_to_one(data, unbroken, tmp_path):
+    """Half of the run is cut over two ranks, gradients and optimizer too; then it is killed, and one rank goes on."""
+    folder, said = tmp_path / "run", tmp_path / "said"
+    parts = runs.start([*arguments(data, folder), "--parallel", "fsdp"], said, world=2)
+    runs.wait(parts, kill_when=Later(folder, STEPS // 2, 0))
+    assert "after step " in runs.run(again(data, folder), said)
+    assert_close(folder, unbroken[1])

@@ -62,7 +62,8 @@ class Ranks:
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in blocks:
                 fully_shard(block, mesh=mesh)
-            return fully_shard(objective, mesh=mesh)
+            fully_shard(objective, mesh=mesh)
+            return objective
         if self.world == 1:
             return objective
         return DistributedDataParallel(objective, device_ids=[self.device] if self.device.type == "cuda" else None)
