@@ -1,6 +1,7 @@
 """Batches depend on the seed and the step alone, not on ranks, workers or where a run was taken up again."""
 
 import itertools
+import multiprocessing
 import pickle
 import random
 
@@ -107,6 +108,15 @@ def test_plan(count, choice):
     one_pass = [i for step in whole[per_pass - first :][:per_pass] for i, _ in step]
     assert len(one_pass) == len(set(one_pass)) == per_pass * batch
     assert set(one_pass) <= set(range(count))
+
+
+def test_a_stream_that_is_closed_ends_its_workers(pairs):
+    before = set(multiprocessing.active_children())
+    stream = batches(pairs, 12, tokenizer=TOKENIZER, workers=2)
+    next(stream)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    stream.close()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_seeds_and_captions_differ(pairs):

@@ -128,6 +128,12 @@ def test_bad_samples_are_counted_and_reported(tmp_path, name):
         load_pairs([path], 8, bad_limit=0)
 
 
+def test_a_name_that_comes_twice(tmp_path):
+    path = shards.write(tmp_path / "a.tar", [("x.png", b""), ("x.png", b"")])
+    with pytest.raises(DataError, match=r"a\.tar: damaged \(.*duplicate"):
+        load_pairs([path], 8)
+
+
 def test_too_many_bad_samples(tmp_path):
     members = {f"{i}.json": b"{}" for i in range(5)}
     path = shards.write(tmp_path / "a.tar", members)

@@ -73,6 +73,28 @@ def test_after_a_damaged_header_the_walk_goes_on(tmp_path, what):
     assert walk(path) == [whole[0], Damage(3 * BLOCK, 6 * BLOCK, "no valid header"), *whole[2:]]
 
 
+@pytest.mark.parametrize("lost", [1, 100, 512, 700, 1300])
+def test_bytes_that_are_missing_in_the_middle(tmp_path, lost):
+    """The headers after the gap are no longer at multiples of 512."""
+    path = shards.write(tmp_path / "a.tar", {f"{i}.png": bytes([i]) * 700 for i in range(6)})
+    whole, content = walk(path), path.read_bytes()
+    path.write_bytes(content[:1000] + content[1000 + lost :])
+    found = walk(path)
+    assert sum(isinstance(part, Damage) for part in found) == 1
+    assert [(m.name, m.offset + lost) for m in found[-3:]] == [(m.name, m.offset) for m in whole[-3:]]
+
+
+def test_a_size_below_zero_is_no_size(tmp_path):
+    """With a right checksum it would lead back, again and again."""
+    path = shards.write(tmp_path / "a.tar", {f"{i}.png": b"" for i in range(3)})
+    block = bytearray(path.read_bytes()[512:1024])
+    block[124:136] = b"-0000002000\0"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    spoil(path, 512, block)
+    assert [str(part) for part in walk(path) if isinstance(part, Damage)] == ["no valid header, bytes 512 to 1024"]
+
+
 def test_cut_off(tmp_path):
     path = shards.write(tmp_path / "a.tar", {f"{i}.png": bytes([i]) * 700 for i in range(4)})
     content, whole = path.read_bytes(), walk(path)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import webdataset
 
 from vlkern.data.images import decode_image
 from vlkern.errors import UserError
@@ -153,6 +152,8 @@ def read_pairs(
     Raises:
         DataError: a shard is missing or damaged, or more than `bad_limit` samples are bad. Names the file.
     """
+    import webdataset
+
     skipped = [] if skipped is None else skipped
     for path in map(Path, shards):
         _verify(path)
@@ -167,7 +168,9 @@ def read_pairs(
                         raise DataError(f"more than {bad_limit} bad samples; the last: {skipped[-1]}") from error
                 else:
                     yield pair
-        except _UNREADABLE as error:
+        except DataError:
+            raise
+        except (*_UNREADABLE, ValueError) as error:  # ValueError: a name comes twice
             raise DataError(f"{path}: damaged ({error})") from error
 
 

@@ -49,12 +49,19 @@ class _Header(NamedTuple):
 
 
 def _number(digits: bytes) -> int:
-    """Octal digits, or the binary form that GNU tar uses for 8 GiB and more."""
-    return int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else int(digits.strip(b" \0") or b"0", 8)
+    """Octal digits, or the binary form that GNU tar uses for 8 GiB and more. Raises ValueError for anything else."""
+    if digits[0] == 0x80:
+        return int.from_bytes(digits[1:], "big")
+    text = digits.strip(b" \0")
+    if text and not text.isdigit():  # int takes signs and underscores
+        raise ValueError(f"not octal: {text!r}")
+    return int(text or b"0", 8)
 
 
 def _header(block: bytes) -> _Header | None:
     """A block read as a header; None if its checksum is wrong. (Python's TarInfo.frombuf takes six times as long.)"""
+    if len(block) < BLOCK:
+        return None
     try:
         if sum(block) - sum(block[148:156]) + 8 * ord(" ") != _number(block[148:156]):
             return None
@@ -71,12 +78,14 @@ def _only_zeros(fd: int, start: int, end: int) -> bool:
 
 
 def _next_header(fd: int, start: int, end: int) -> int:
-    """Where the first valid header from `start` on begins; `end` if there is none."""
+    """Where the first valid header from `start` on begins, at any byte, for some may be missing; `end` if nowhere."""
     for at in range(start, end, _CHUNK):
-        chunk = os.pread(fd, _CHUNK, at)
-        for i in range(0, len(chunk) - BLOCK + 1, BLOCK):
-            if chunk[i + 257 : i + 262] == b"ustar" and _header(chunk[i : i + BLOCK]):
-                return at + i
+        chunk = os.pread(fd, _CHUNK + BLOCK, at)  # the last header that begins in this chunk is read whole
+        magic = chunk.find(b"ustar", 257)
+        while magic >= 0:
+            if _header(chunk[magic - 257 : magic - 257 + BLOCK]):
+                return at + magic - 257
+            magic = chunk.find(b"ustar", magic + 1)
     return end
 
 
@@ -84,7 +93,7 @@ def members(fd: int) -> Iterator[Member | Damage]:
     """Walk the headers of a tar in the order of the file.
 
     A header with a wrong checksum ends the walk of Python's tarfile without a word. Here the next valid header is
-    looked for, block by block, and what lies between is yielded as Damage; so is a missing end of the archive.
+    looked for, and what lies between is yielded as Damage; so is a missing end of the archive.
 
     Args:
         fd: a file descriptor; its position is neither used nor changed.
@@ -103,7 +112,7 @@ def members(fd: int) -> Iterator[Member | Damage]:
             return
         header = _header(block)
         if header is None:
-            after = _next_header(fd, at + BLOCK, end)
+            after = _next_header(fd, at + 1, end)
             yield Damage(at, after, "no valid header")
             if after == end:
                 return
