@@ -123,7 +123,7 @@ def zero_shot_json(found: ZeroShot) -> dict[str, Any]:
     outcome = found.outcome
     ks = [k for k in (1, 5) if k <= outcome.top.shape[1]]
     tables = {k: outcome.by_class(k) for k in ks}
-    classes = {}
+    classes: dict[str, dict[str, Any]] = {}
     for label, (pictures, _) in tables[1].items():
         taken = outcome.taken_for(label)
         classes[outcome.names[label]] = {
