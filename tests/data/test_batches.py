@@ -206,3 +206,13 @@ def test_bad_input(pairs, options, error, message):
     """At once, not at the first batch."""
     with pytest.raises(error, match=message):
         batches(pairs, options.pop("batch", 12), tokenizer=TOKENIZER, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned(wounded, workers):
+    pairs = PairShards(wounded, 4)
+    found = take(pairs, 3, batch=30, workers=workers)
+    assert all(pixels.is_pinned() and ids.is_pinned() for pixels, ids in found)
+    assert len(pairs.skipped) == 3

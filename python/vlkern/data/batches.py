@@ -119,6 +119,13 @@ def batches(
     Raises:
         DataError: the set is smaller than a batch; while iterating, more than `dataset.bad_limit` samples are bad.
         ValueError: an argument is out of range.
+
+    Example:
+        >>> pairs = PairShards(clipart_mini() / "test.tar", 64)
+        >>> stream = batches(pairs, 32, tokenizer=load_tokenizer("bytes", 16), start=1000)
+        >>> pixels, ids = next(stream)
+        >>> pixels.shape, ids.shape
+        (torch.Size([32, 3, 64, 64]), torch.Size([32, 16]))
     """
     for name, value, least in (
         ("global_batch", global_batch, 1),

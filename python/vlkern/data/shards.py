@@ -75,7 +75,7 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
         found += paths
     if not found:
         raise DataError("shards must name at least one tar file, got none")
-    path, times = Counter(found).most_common(1)[0]
+    path, times = Counter(path.resolve() for path in found).most_common(1)[0]
     if times > 1:
         raise DataError(f"{path}: given {times} times")
     return found
