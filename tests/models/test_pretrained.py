@@ -112,7 +112,7 @@ def save(value, limit):
     models.save_pretrained(model, folder, max_shard_size=limit)
 def dies_at(event):
     def hook(name, args):
-        hook.left -= name in ("os.rename", "os.remove", "open") and folder in str(args[0])
+        hook.left -= name in ("os.mkdir", "os.rename", "os.remove") and folder in str(args[0])
         if hook.left < 0:
             os._exit(9)
     hook.left = event
@@ -142,7 +142,7 @@ for first, second in ((10**9, 10**9), (25_000, 25_000), (10**9, 25_000), (25_000
     assert ended.returncode == 0, ended.stderr
     outcomes = ended.stdout.splitlines()
     assert set(outcomes) == {"1 1", "1 2", "1 True", "0 2"}
-    assert outcomes.count("1 1") > 10 and outcomes.count("0 2") == 4
+    assert outcomes.count("1 1") >= 8 and outcomes.count("0 2") == 4
 
 
 def test_a_resized_model(model, tmp_path):
@@ -212,6 +212,7 @@ models.load_pretrained(sys.argv[1])  # imports what the first call imports
 before = private()
 model = models.load_pretrained(sys.argv[1])
 print(private() - before, sum(p.nbytes for p in model.parameters()) // 1024)
+assert "torch._dynamo" not in sys.modules, "importing it takes longer than loading"
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     kilobytes, whole = map(int, done.stdout.split())

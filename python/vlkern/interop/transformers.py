@@ -7,6 +7,7 @@ import torch
 
 from vlkern.errors import UserError
 from vlkern.interop._shapes import Plan, given, text_config, vision_config
+from vlkern.layers.init import shapes_only
 from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, VisionConfig, VisionTower
 from vlkern.models.state import Checkpoint, Source, layers, same
 
@@ -51,7 +52,7 @@ def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
 
 
 def _sources(build: Callable[[], torch.nn.Module], root: str = "") -> dict[str, Source]:
-    with torch.device("meta"):
+    with shapes_only():
         return {name: same(root + name) for name in build().state_dict()}
 
 

@@ -1,9 +1,13 @@
 """Initial values as in big_vision, whose models these are (flax names in the docstrings)."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 # A normal distribution cut at two standard deviations has this standard deviation.
 _CUT_STD = 0.87962566103423978
@@ -23,3 +27,25 @@ def dense_(linear: nn.Linear, *, lecun: bool = False, bias_std: float = 0.0) -> 
         nn.init.xavier_uniform_(linear.weight)
     nn.init.normal_(linear.bias, std=bias_std)
     return linear
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out what torch.nn.init would do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made inside are on the meta device and draw no numbers: their parameters come from elsewhere.
+
+    (The meta device alone would do, but its first normal_ imports torch._dynamo, which takes seconds.)
+    """
+    with torch.device("meta"), _Undrawn():
+        yield

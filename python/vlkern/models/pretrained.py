@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vlkern.errors import UserError
+from vlkern.layers.init import shapes_only
 from vlkern.models import siglip, state
 
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -80,7 +81,7 @@ def load_pretrained(
 
     old = plan.config.vision if isinstance(plan.config, siglip.SiglipConfig) else plan.config
     new = siglip.resized_config(old, old.image_size if image_size is None else image_size, patch)
-    with torch.device("meta"):
+    with shapes_only():
         wanted = _build(plan.config).state_dict()
         model = _build(_with_vision(plan.config, new))
     tensors = state.collect(checkpoint, wanted, plan.sources, dtype, plan.root)
@@ -147,8 +148,7 @@ def save_pretrained(
 def _publish(part: Path, folder: Path, weights: list[str]) -> None:
     """Move whole files into their places, in an order that never leaves a mixture that could be read."""
     for file in part.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+        _flush(file)
     (folder / _INDEX).unlink(missing_ok=True)  # shards without an index are no model
     for name in [*weights, _INDEX]:
         if (part / name).exists():
@@ -157,6 +157,15 @@ def _publish(part: Path, folder: Path, weights: list[str]) -> None:
         if stale.name not in weights and (stale.name == _WEIGHTS or "-of-" in stale.name):
             stale.unlink()
     (part / _CONFIG).replace(folder / _CONFIG)
+    _flush(folder)  # the new names, too, outlive a power cut
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlkern.layers.attention import SelfAttention
-from vlkern.layers.init import dense_, lecun_normal_
+from vlkern.layers.init import dense_, lecun_normal_, shapes_only
 from vlkern.layers.mlp import Mlp
 from vlkern.layers.pooling import MapHead
 from vlkern.models import resize
@@ -317,7 +317,7 @@ def resized(
     vision = resized_config(model.config.vision, image_size, patch)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     resize_state(state, model.config.vision, vision, prefix="vision_model.", align_corners=align_corners)
-    with torch.device("meta"):
+    with shapes_only():
         copy = Siglip(dataclasses.replace(model.config, vision=vision))
     copy.load_state_dict(state, assign=True)
     return copy.train(model.training)
