@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import webdataset
 
 from vlkern.data.images import decode_image
 from vlkern.errors import UserError
@@ -152,8 +153,6 @@ def read_pairs(
     Raises:
         DataError: a shard is missing or damaged, or more than `bad_limit` samples are bad. Names the file.
     """
-    import webdataset
-
     skipped = [] if skipped is None else skipped
     for path in map(Path, shards):
         _verify(path)
