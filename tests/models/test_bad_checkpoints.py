@@ -89,11 +89,14 @@ def test_every_misfit_of_other_names_is_listed(tmp_path):
     del arrays[f"params/txt/{attention}/key/bias"]
     arrays[f"params/txt/{attention}/out/kernel"] = np.zeros((3, 24), np.float32)
     arrays["params/img/head/kernel"] = np.zeros((24, 5), np.float32)
+    arrays["params/txt/head/bias"] = np.array(["a"] * 24)
+    arrays["params/txt/head/kernel"] = np.zeros((24, 24), np.longdouble)
     np.savez(tmp_path / "siglip.npz", **arrays)
     message = _refusal(tmp_path / "siglip.npz")
     layer = "text_model.encoder.layers.1.self_attn"
     for part in (
-        "3 tensors do not fit",
+        "5 tensors do not fit",
+        "wrong type params/txt/head/bias: expected floating point, got torch.uint8",
         f"missing {layer}.k_proj.bias [24] (from params/txt/{attention}/key/bias)",
         f"wrong shape {layer}.out_proj.weight: expected [24, 24], got [3, 24] (from params/txt/{attention}/out/kernel)",
         "unexpected params/img/head/kernel [24, 5]",

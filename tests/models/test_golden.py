@@ -158,3 +158,17 @@ def test_sizes_come_from_the_shapes(tmp_path):
     assert isinstance(model, Siglip)
     assert model.config.text == c.text
     assert model.config.vision == vision_config(Golden("two_towers_siglip").config["image"], (24, 40))
+
+
+def test_bfloat16(tmp_path):
+    """NumPy has no bfloat16: big_vision's files hold two bytes without a type."""
+    golden = Golden("scan_vit_map")
+    arrays = {key: array for key, array in golden.arrays.items() if key.startswith("params/")}
+    arrays["params/pos_embedding"] = arrays["params/pos_embedding"][:, :4]
+    low = {key: torch.from_numpy(array).bfloat16() for key, array in arrays.items()}
+    np.savez(tmp_path / "tower.npz", **{key: t.view(torch.int16).numpy().view("V2") for key, t in low.items()})
+    tower = models.load_pretrained(tmp_path / "tower.npz")
+    assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
+    assert torch.equal(tower.head.probe, low["params/MAPHead_0/probe"])
+    stack = low["params/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"]
+    assert torch.equal(tower.encoder.layers[2].mlp.fc1.weight, stack[2].T)

@@ -24,6 +24,7 @@ from torch import nn
 
 from vlkern.layers.attention import SelfAttention
 from vlkern.layers.init import dense_, lecun_normal_, shapes_only
+from vlkern.layers.linear import Linear
 from vlkern.layers.mlp import Mlp
 from vlkern.layers.pooling import MapHead
 from vlkern.models import resize
@@ -232,7 +233,7 @@ class TextTower(nn.Module):
         self.embeddings = TextEmbeddings(c)
         self.encoder = Encoder(c)
         self.final_layer_norm = nn.LayerNorm(c.width, eps=1e-6)
-        self.head = dense_(nn.Linear(c.width, out), lecun=True)
+        self.head = dense_(Linear(c.width, out), lecun=True)
 
     def tokens(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """[B, L] int32 or int64 -> [B, L, D], after the final LN."""

@@ -137,8 +137,10 @@ def _is_bfloat16(dtype: np.dtype) -> bool:
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:
     if _is_bfloat16(dtype):
         return torch.bfloat16
-    # Text and the like is no parameter, and shows up as uint8 in the list of what is wrong.
-    return torch.from_numpy(np.empty(0, dtype)).dtype if dtype.kind in "fiub" else torch.uint8
+    try:
+        return torch.from_numpy(np.empty(0, dtype)).dtype
+    except TypeError:  # text and the like is no parameter, and shows up as uint8 in the list of what is wrong
+        return torch.uint8
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
