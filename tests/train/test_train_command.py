@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import runs
+import shards
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -185,6 +186,22 @@ def test_damaged_checkpoint(shard, folder, capfd):
 def test_bad_options(more, parts, shard, folder, capfd):
     fails(options(shard, folder, *more), capfd, *parts)
     assert not (folder / "config.json").exists()
+
+
+def test_what_cannot_be_read_is_said_once(folder, tmp_path, capfd):
+    """A sample without a caption when the index is made, a picture that is none when it is its turn."""
+    good = runs.shard(tmp_path / "good.tar", 8)
+    bad = shards.write(tmp_path / "bad.tar", {"a.png": b"no picture", "a.txt": b"text", "b.png": shards.picture()})
+    assert main([*options(good, folder, "--steps", "4"), "--data", str(good), str(bad)]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("left out")]
+    assert len(lines) == 2 and all(str(bad) in line for line in lines)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_folder_of_something_else(text, folder, capfd):
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    fails(["train", "siglip", "--out", str(folder), "--resume"], capfd, "config.json")
 
 
 def test_no_data(folder, capfd):

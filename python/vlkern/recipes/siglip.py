@@ -66,7 +66,9 @@ class SiglipTask:
 
     def batches(self, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """(pixels [b, 3, H, W] uint8, ids [b, L] int64). Says which samples cannot be read, when it meets them."""
-        ranks, said = self._ranks, set[str]()
+        ranks = self._ranks
+        # What the index left out is the same on every rank.
+        said = set() if ranks.first else set(self._pairs.skipped)
         batches = data.batches(
             self._pairs,
             self._recipe.batch,

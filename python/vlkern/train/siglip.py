@@ -150,9 +150,9 @@ def _length(args: argparse.Namespace, settings: Settings, pairs: int, world: int
     settings.settle("warmup", min(settings["steps"] // 20, 20_000))
 
 
-def _precision() -> str:
+def _precision(device: torch.device) -> str:
     """bf16 where matmuls are faster in it."""
-    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else "AMX BF16" in info.cpu_features()
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else "AMX BF16" in info.cpu_features()
     return "bf16" if fast else "fp32"
 
 
@@ -160,8 +160,10 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """One run, or the rest of one."""
     folder = RunFolder(args.out)
     stored = ranks.agree(folder.resume if args.resume else folder.begin)
+    if stored is not None and stored.get("recipe") != "siglip":
+        raise UserError(f"--resume: {args.out}/config.json is not of a run of `vlkern train siglip`")
     settings = _settings(args, stored)
-    settings.settle("precision", ranks.agree(_precision))
+    settings.settle("precision", ranks.agree(lambda: _precision(ranks.device)))
     if ranks.device.type == "cpu":
         recycle_memory()
     model = _model(settings)
