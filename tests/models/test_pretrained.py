@@ -104,8 +104,8 @@ from pathlib import Path
 import torch
 from vlkern import models
 from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, VisionConfig
-model = Siglip(SiglipConfig(VisionConfig(16, 1, 2, 32, (16, 16), 8), TextConfig(16, 1, 2, 32, 30, 7)))
-def save(value, limit):
+def save(value, limit, heads=2):
+    model = Siglip(SiglipConfig(VisionConfig(16, 1, heads, 32, (16, 16), 8), TextConfig(16, 1, 2, 32, 30, 7)))
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(value)
@@ -117,18 +117,20 @@ def dies_at(event):
             os._exit(9)
     hook.left = event
     sys.addaudithook(hook)
-for first, second in ((10**9, 10**9), (25_000, 25_000), (10**9, 25_000), (25_000, 10**9)):
+one, several = 10**9, 25_000  # files
+for first, second, heads in ((one, one, 2), (several, several, 2), (one, several, 4), (several, one, 2), (one, one, 4)):
     for event in range(100):
-        folder = f"{sys.argv[1]}/{first}-{second}-{event}"
+        folder = f"{sys.argv[1]}/{first}-{second}-{heads}-{event}"
         save(1, first)
         if os.fork() == 0:
             dies_at(event)
-            save(2, second)
+            save(2, second, heads)
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.wait()[1]) == 9
         try:
             again = models.load_pretrained(folder)
-            print(int(killed), *sorted({int(p.flatten()[0]) for p in again.parameters()}))
+            values = {int(p.flatten()[0]) for p in again.parameters()}
+            print(int(killed), *sorted(values), again.config.vision.heads == (heads if 2 in values else 2))
             save(3, second)
             assert not [f for f in os.listdir(folder) if f.startswith(".")]
         except ValueError as error:
@@ -141,8 +143,8 @@ for first, second in ((10**9, 10**9), (25_000, 25_000), (10**9, 25_000), (25_000
     ended = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     outcomes = ended.stdout.splitlines()
-    assert set(outcomes) == {"1 1", "1 2", "1 True", "0 2"}
-    assert outcomes.count("1 1") >= 8 and outcomes.count("0 2") == 4
+    assert set(outcomes) == {"1 1 True", "1 2 True", "1 True", "0 2 True"}
+    assert outcomes.count("1 1 True") >= 8 and outcomes.count("0 2 True") == 5
 
 
 def test_a_resized_model(model, tmp_path):

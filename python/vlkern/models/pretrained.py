@@ -96,8 +96,8 @@ def save_pretrained(
 ) -> None:
     """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read.
 
-    Everything is written under other names first and renamed when it is whole, config.json last: killed at any moment,
-    the folder holds the old model, the new one, or none that can be read; never a mixture. Other files stay.
+    Everything is written under other names first and renamed when it is whole: killed at any moment, the folder holds
+    the old model, the new one, or none that can be read; never a mixture. Other files stay.
 
     Args:
         model: on any device; parameters are written in the dtypes they have.
@@ -150,13 +150,16 @@ def _publish(part: Path, folder: Path, weights: list[str]) -> None:
     for file in part.iterdir():
         _flush(file)
     (folder / _INDEX).unlink(missing_ok=True)  # shards without an index are no model
+    config, new = folder / _CONFIG, part / _CONFIG
+    if config.exists() and config.read_bytes() != new.read_bytes():
+        (folder / _WEIGHTS).unlink(missing_ok=True)  # these weights and the new configuration are none either
+    new.replace(config)
     for name in [*weights, _INDEX]:
         if (part / name).exists():
             (part / name).replace(folder / name)
     for stale in folder.glob("model*.safetensors"):
         if stale.name not in weights and (stale.name == _WEIGHTS or "-of-" in stale.name):
             stale.unlink()
-    (part / _CONFIG).replace(folder / _CONFIG)
     _flush(folder)  # the new names, too, outlive a power cut
 
 
