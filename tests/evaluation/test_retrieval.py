@@ -70,6 +70,16 @@ def test_one_text_each_is_the_plain_recall():
         assert found.text_to_image.recall(k) == pytest.approx(recall(text @ image.T)[k])
 
 
+def test_autocast_changes_nothing():
+    """Counts above 256 would be rounded."""
+    image, text = embeddings(700, 8), embeddings(700, 8, seed=1)
+    plain = retrieval(image, text, torch.arange(700))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = retrieval(image, text, torch.arange(700))
+    assert torch.equal(found.text_to_image.ranks, plain.text_to_image.ranks)
+    assert torch.equal(found.image_to_text.ranks, plain.image_to_text.ranks)
+
+
 def test_a_model_for_which_all_is_alike_finds_nothing():
     same = embeddings(1, 33).repeat(40, 1)
     found = retrieval(same, same, torch.arange(40), block=7)

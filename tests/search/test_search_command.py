@@ -40,7 +40,7 @@ def embedded(monkeypatch):
 
 
 def search(model_folder, *arguments, queries=QUERIES):
-    return cli.main(["search", "--model", str(model_folder), "--batch", "5", *map(str, arguments), "--", *queries])
+    return cli.main(["search", "--model", str(model_folder), "--batch", "5", *map(str, arguments), *queries])
 
 
 def plain(numbers, query):

@@ -97,6 +97,8 @@ def _blocks(n: int, size: int) -> Iterable[slice]:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
 def retrieval(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor, *, block: int = 2048) -> Retrieval:
     """Rank all texts for each picture and all pictures for each text. A picture may have several texts.
 
@@ -128,14 +130,19 @@ def retrieval(image: torch.Tensor, text: torch.Tensor, owner: torch.Tensor, *, b
     right_T = torch.cat([(image[owner[part]] * text[part]).sum(1) for part in _blocks(t, block)]) - ROUNDING
     best_N = right_T.new_full((n,), -torch.inf).scatter_reduce(0, owner, right_T, "amax")
     text_ranks, image_ranks = torch.zeros_like(owner), owner.new_zeros(n)
+    # Ones in float32 are counted by matrix-vector products, exactly: a third of the time of summing bools.
+    mark, ones = (torch.ones(shape, device=image.device) for shape in ((min(block, n), min(block, t)), max(n, t)))
     for rows in _blocks(n, block):
         for columns in _blocks(t, block):
             similarity = image[rows] @ text[columns].T
             mine = owner[columns] - rows.start
             own = torch.nonzero((mine >= 0) & (mine < rows.stop - rows.start)).squeeze(1)
             similarity[mine[own], own] = -torch.inf
-            text_ranks[columns] += (similarity >= right_T[columns]).sum(0)
-            image_ranks[rows] += (similarity >= best_N[rows, None]).sum(1)
+            marked = mark[: len(similarity), : len(mine)]
+            torch.ge(similarity, right_T[columns], out=marked)
+            text_ranks[columns] += (ones[: len(marked)] @ marked).long()
+            torch.ge(similarity, best_N[rows, None], out=marked)
+            image_ranks[rows] += (marked @ ones[: len(mine)]).long()
     counts = torch.bincount(owner, minlength=n)
     return Retrieval(
         Direction(text_ranks.cpu(), torch.ones(t, dtype=torch.int64), n),

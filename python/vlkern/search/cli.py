@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("queries", nargs="+", metavar="QUERY", help='what to look for, such as "a red car"')
     add("--images", type=Path, metavar="DIR", help="all pictures in this folder and those below it")
-    add("--data", type=Path, nargs="+", metavar="SHARD", help="instead: the pictures of WebDataset shards")
+    # Not nargs="+", which would take the queries behind it for shards.
+    add("--data", type=Path, action="append", metavar="SHARD", help="instead: WebDataset shards; may be repeated")
     add("--count", type=whole, metavar="N", help=f"hits for each query (default: {COUNT})")
     add("--index", type=Path, metavar="FILE", help="keep embeddings here (.safetensors) and reuse those still valid")
     add("--page", type=Path, metavar="FILE", help="write a page that shows the hits (.html)")
