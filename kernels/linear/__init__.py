@@ -50,8 +50,8 @@ _op = Op(
     schemas={
         "linear": "(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
         "linear_training": "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
-        "linear_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor? z, bool needs_dx, bool needs_dw) "
-        "-> (Tensor, Tensor, Tensor)",
+        "linear_slope": "(Tensor grad, Tensor z) -> (Tensor, Tensor)",
+        "linear_product": "(Tensor a, Tensor b, bool transposed) -> Tensor",
     },
     reference=reference,
     backends=("cpu",),
@@ -59,7 +59,8 @@ _op = Op(
     work=samples.work,
     limits=_limits,
 )
-_forward, _training, _backward = (_op.raw[raw] for raw in ("linear", "linear_training", "linear_backward"))
+_forward, _training = _op.raw["linear"], _op.raw["linear_training"]
+_slope, _product = _op.raw["linear_slope"], _op.raw["linear_product"]
 
 
 class _Linear(torch.autograd.Function):
@@ -81,8 +82,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight, z = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        dx, dweight, dbias = _backward[ctx.backend](grad, x, weight, z, needs_dx, needs_dw)
-        return dx if needs_dx else None, dweight if needs_dw else None, dbias if needs_db else None, None, None
+        g, dbias = (grad, grad.sum(0) if needs_db else None) if z is None else _slope[ctx.backend](grad, z)
+        dx = _product[ctx.backend](g, weight, False) if needs_dx else None
+        dweight = _product[ctx.backend](g, x, True) if needs_dw else None
+        return dx, dweight, dbias if needs_db else None, None, None
 
 
 def linear(
@@ -117,6 +120,10 @@ def linear(
     """
     x, weight, bias, gelu = _bind(x, weight, bias, activation=activation)
     backend = _op.choose(x, weight)
+    if backend == "reference" and _op.forced is None:
+        return reference.linear(
+            x, weight, bias, gelu
+        )  # plain PyTorch, which torch.compile can fuse with its neighbours
     rows = x.reshape(-1, x.shape[-1])
     tensors = [t for t in (x, weight, bias) if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

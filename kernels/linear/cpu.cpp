@@ -7,7 +7,7 @@
 namespace vlkern {
 namespace {
 
-constexpr int64_t kRows = 512, kColumns = 512;  // of a block, at most: its 1 MiB stays in L2
+constexpr int64_t kBlock = 512;  // rows and columns of a block of a product, at most: its 1 MiB stays in L2
 
 // GELU's tanh form is z sigmoid(t), t = sqrt(8 / pi) (z + 0.044715 z^3).
 constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;
@@ -49,15 +49,7 @@ VLKERN_INLINE void finish_row(const float* products, const float* bias, T* pre, 
 
 // g = grad gelu'(z), gelu'(z) = s + z s (1 - s) dt/dz;  sum += g
 template <class T>
-VLKERN_INLINE void slope_row(const T* grad, const T* pre, float* g, float* sum, int64_t n) {
-  if (!pre) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      g[j] = to_float(grad[j]);
-      sum[j] += g[j];
-    }
-    return;
-  }
+VLKERN_INLINE void slope_row(const T* grad, const T* pre, T* g, float* sum, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     float z = to_float(pre[j]);
@@ -66,8 +58,9 @@ VLKERN_INLINE void slope_row(const T* grad, const T* pre, float* g, float* sum, 
                     : z;  // the slope is 0 or 1 from there on; z^2 must not overflow
     float square = z * z;
     Sigmoid at = sigmoid(z * (kLinear + kCubic * square));
-    g[j] = to_float(grad[j]) * (at.s + z * at.slope * (kLinear + 3.0f * kCubic * square));
-    sum[j] += g[j];
+    float v = to_float(grad[j]) * (at.s + z * at.slope * (kLinear + 3.0f * kCubic * square));
+    g[j] = from_float<T>(v);
+    sum[j] += v;
   }
 }
 
@@ -88,7 +81,7 @@ VLKERN_INLINE void narrow_all(const float* in, T* out, int64_t n) {
   VLKERN_SIMD void finish(const float* products, const float* bias, T* pre, T* y, int64_t n, bool gelu) { \
     finish_row(products, bias, pre, y, n, gelu);                                                          \
   }                                                                                                       \
-  VLKERN_SIMD void slope(const T* grad, const T* pre, float* g, float* sum, int64_t n) {                  \
+  VLKERN_SIMD void slope(const T* grad, const T* pre, T* g, float* sum, int64_t n) {                      \
     slope_row(grad, pre, g, sum, n);                                                                      \
   }
 VLKERN_DTYPE(float)
@@ -128,6 +121,8 @@ struct Blocks {
       : n(n),
         size(std::max<int64_t>(16, round_up(ceil_div(n, ceil_div(std::max<int64_t>(n, 1), most)), 16))),
         count(ceil_div(n, size)) {}
+  // A side of a product: small ones are cut, too, so that there is work for several threads.
+  static Blocks of_product(int64_t n) { return {n, std::clamp<int64_t>(ceil_div(n, 3), 64, kBlock)}; }
   int64_t begin(int64_t b) const { return b * size; }
   int64_t length(int64_t b) const { return std::min(size, n - b * size); }
 };
@@ -151,7 +146,7 @@ void forward(const Shape& s, const Tensor& x, const Tensor& weight, const std::o
        wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
   std::vector<float> b(s.n);
   if (bias) widen(torch::stable::contiguous(*bias).template const_data_ptr<T>(), b.data(), s.n);
-  Blocks rows(s.m, kRows), columns(s.n, kColumns);
+  Blocks rows = Blocks::of_product(s.m), columns = Blocks::of_product(s.n);
   torch::stable::parallel_for(0, rows.count * columns.count, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> products(rows.size * columns.size);
     for (int64_t t = begin; t < end; ++t) {
@@ -186,67 +181,56 @@ std::tuple<Tensor, Tensor> linear_training(const Tensor& x_, const Tensor& weigh
   return {y, z};
 }
 
-// One sweep over chunks of rows: G = grad gelu'(z) of the chunk, dW += G^T X, dX = G W.
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_, const Tensor& x_,
-                                                   const Tensor& weight_, const std::optional<Tensor>& z_,
-                                                   bool needs_dx, bool needs_dw) {
-  Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_),
-         grad = torch::stable::contiguous(grad_);
-  const Shape s = check(x, weight);
-  VLKERN_CHECK(grad.numel() == s.m * s.n && (!z_ || z_->numel() == grad.numel()),
-               "grad and z must be [M, N]");
-  std::optional<Tensor> z;
-  if (z_) z = torch::stable::contiguous(*z_);
-  ScalarType dtype = x.scalar_type();
-  Tensor dx = empty(x, needs_dx ? std::vector<int64_t>{s.m, s.k} : std::vector<int64_t>{0}, dtype);
-  Tensor dw = empty(x, needs_dw ? std::vector<int64_t>{s.n, s.k} : std::vector<int64_t>{0}, dtype),
-         db = empty(x, {s.n}, dtype);
-  dispatch(dtype, [&]<class T>() {
-    constexpr bool kWide = std::is_same_v<T, float>;
-    Wide wide_x = Wide::of(x.const_data_ptr<T>(), s.m * s.k),
-         wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
-    const T *incoming = grad.const_data_ptr<T>(), *pre = z ? z->const_data_ptr<T>() : nullptr;
-    T *dx_out = dx.mutable_data_ptr<T>(), *dw_out = dw.mutable_data_ptr<T>();
-    Blocks chunks(s.m, kRows),
-        columns(s.n, std::clamp<int64_t>(round_up(ceil_div(s.n, 16), 32), 64, kColumns));
-    std::vector<float> g(chunks.size * s.n), bias_sum(s.n), dw_sum(needs_dw && !kWide ? s.n * s.k : 0);
-    float* dw_f = dw_sum.data();
-    if constexpr (kWide) dw_f = dw_out;
-    for (int64_t c = 0; c < chunks.count; ++c) {
-      int64_t first = chunks.begin(c), rows = chunks.length(c);
-      torch::stable::parallel_for(0, columns.count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          int64_t j = columns.begin(t), width = columns.length(t);
-          for (int64_t r = 0; r < rows; ++r) {
-            int64_t at = (first + r) * s.n + j;
-            slope(incoming + at, pre ? pre + at : nullptr, g.data() + r * s.n + j, bias_sum.data() + j,
-                  width);
-          }
-          if (needs_dw)
-            sgemm(width, s.k, rows, 1.0f, {g.data() + j, s.n, true}, {wide_x.data() + first * s.k, s.k},
-                  c ? 1.0f : 0.0f, dw_f + j * s.k, s.k);
-        }
-      });
-      if (!needs_dx) continue;
-      Blocks strips(rows, 128);
-      torch::stable::parallel_for(0, strips.count, 1, [&](int64_t begin, int64_t end) {
-        std::vector<float> out(kWide ? 0 : strips.size * s.k);
-        for (int64_t t = begin; t < end; ++t) {
-          T* target = dx_out + (first + strips.begin(t)) * s.k;
-          float* products = out.data();
-          if constexpr (kWide) products = target;
-          sgemm(strips.length(t), s.k, s.n, 1.0f, {g.data() + strips.begin(t) * s.n, s.n},
-                {wide_w.data(), s.k}, 0.0f, products, s.k);
-          if constexpr (!kWide) narrow(products, target, strips.length(t) * s.k);
-        }
-      });
-    }
-    if (needs_dw && chunks.count == 0) std::fill_n(dw_f, s.n * s.k, 0.0f);
-    if constexpr (!kWide)
-      if (needs_dw) narrow(dw_f, dw_out, s.n * s.k);
-    narrow(bias_sum.data(), db.mutable_data_ptr<T>(), s.n);
+// G [M, N] and its column sums, which are added up in blocks of rows whose number depends on M alone.
+std::tuple<Tensor, Tensor> linear_slope(const Tensor& grad_, const Tensor& z_) {
+  Tensor grad = torch::stable::contiguous(grad_), z = torch::stable::contiguous(z_);
+  VLKERN_CHECK(grad.dim() == 2 && grad.numel() == z.numel() && grad.scalar_type() == z.scalar_type(),
+               "grad and z must be [M, N] of one dtype");
+  const int64_t m = grad.size(0), n = grad.size(1);
+  Tensor g = empty(grad, {m, n}, grad.scalar_type()), db = empty(grad, {n}, grad.scalar_type());
+  Blocks rows(m, 128);
+  std::vector<float> parts(rows.count * n), sum(n);
+  dispatch(grad.scalar_type(), [&]<class T>() {
+    const T *incoming = grad.const_data_ptr<T>(), *pre = z.const_data_ptr<T>();
+    T* out = g.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t i = rows.begin(b); i < rows.begin(b) + rows.length(b); ++i)
+          slope(incoming + i * n, pre + i * n, out + i * n, parts.data() + b * n, n);
+    });
+    for (int64_t b = 0; b < rows.count; ++b)
+      for (int64_t j = 0; j < n; ++j) sum[j] += parts[b * n + j];
+    narrow(sum.data(), db.mutable_data_ptr<T>(), n);
   });
-  return {dx, dw, db};
+  return {g, db};
+}
+
+// a b, or a^T b: [M, K] [K, N]
+Tensor linear_product(const Tensor& a_, const Tensor& b_, bool transposed) {
+  Tensor a = torch::stable::contiguous(a_), b = torch::stable::contiguous(b_);
+  VLKERN_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(transposed ? 0 : 1) == b.size(0) &&
+                   a.scalar_type() == b.scalar_type(),
+               "the inner sizes and dtypes of a and b must agree");
+  const Shape s{a.size(transposed ? 1 : 0), b.size(1), b.size(0)};
+  Tensor out = empty(a, {s.m, s.n}, a.scalar_type());
+  dispatch(a.scalar_type(), [&]<class T>() {
+    Wide left = Wide::of(a.const_data_ptr<T>(), s.m * s.k),
+         right = Wide::of(b.const_data_ptr<T>(), s.k * s.n);
+    T* target = out.mutable_data_ptr<T>();
+    Blocks rows = Blocks::of_product(s.m), columns = Blocks::of_product(s.n);
+    torch::stable::parallel_for(0, rows.count * columns.count, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> products(rows.size * columns.size);
+      for (int64_t t = begin; t < end; ++t) {
+        int64_t i = rows.begin(t / columns.count), j = columns.begin(t % columns.count);
+        int64_t height = rows.length(t / columns.count), width = columns.length(t % columns.count);
+        Matrix block = transposed ? Matrix{left.data() + i, s.m, true} : Matrix{left.data() + i * s.k, s.k};
+        sgemm(height, width, s.k, 1.0f, block, {right.data() + j, s.n}, 0.0f, products.data(), width);
+        for (int64_t r = 0; r < height; ++r)
+          narrow(products.data() + r * width, target + (i + r) * s.n + j, width);
+      }
+    });
+  });
+  return out;
 }
 
 }  // namespace
@@ -254,7 +238,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_, const Te
 STABLE_TORCH_LIBRARY_IMPL(vlkern, CPU, m) {
   m.impl("linear.cpu", TORCH_BOX(&linear));
   m.impl("linear_training.cpu", TORCH_BOX(&linear_training));
-  m.impl("linear_backward.cpu", TORCH_BOX(&linear_backward));
+  m.impl("linear_slope.cpu", TORCH_BOX(&linear_slope));
+  m.impl("linear_product.cpu", TORCH_BOX(&linear_product));
 }
 
 }  // namespace vlkern

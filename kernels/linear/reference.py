@@ -18,11 +18,12 @@ def linear_training(
     return F.gelu(z, approximate="tanh"), z
 
 
-def linear_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor | None, needs_dx: bool, needs_dw: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of sum(y * grad): dx [M, K], dweight [N, K], dbias [N]; those not needed are empty."""
-    g = grad if z is None else torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
-    dx = g @ weight if needs_dx else g.new_empty(0)
-    dweight = g.t() @ x if needs_dw else g.new_empty(0)
-    return dx, dweight, g.sum(0)
+def linear_slope(grad: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """G = grad * gelu'(z) [M, N] and its column sums [N], the gradient of the bias."""
+    g = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
+    return g, g.sum(0)
+
+
+def linear_product(a: torch.Tensor, b: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """a b, or a^T b: what makes dx = G W and dW = G^T x."""
+    return (a.t() if transposed else a) @ b

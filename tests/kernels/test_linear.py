@@ -44,13 +44,12 @@ def test_gelu_of_extreme_values(value):
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
 )
 def test_a_frozen_input_costs_no_matmul(wanted):
-    """What needs no gradient is not computed: the raw backward is told so."""
-    tensors = [t.requires_grad_(want) for t, want in zip(layer(), wanted, strict=True)]
-    with record() as calls:
+    """What needs no gradient is not computed."""
+    tensors = [t.requires_grad_(want) for t, want in zip(layer(dtype=torch.float16), wanted, strict=True)]
+    with vlkern.backend("linear=reference"), record() as calls:
         linear(*tensors, activation="gelu_tanh").sum().backward()
     assert [t.grad is not None for t in tensors] == list(wanted)
-    backward = calls[-1]
-    assert backward.op._schema.name == "vlkern::linear_backward" and backward.args[-2:] == wanted[:2]
+    assert sum("linear_product" in call.op._schema.name for call in calls) == sum(wanted[:2])
 
 
 def test_autocast_takes_autocasts_dtype():

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlkern.layers.init import dense_
+from vlkern.layers.linear import Linear
 
 
 def split_heads(x_BLD: torch.Tensor, heads: int) -> torch.Tensor:
@@ -23,10 +24,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_proj = dense_(nn.Linear(width, width))
-        self.k_proj = dense_(nn.Linear(width, width))
-        self.v_proj = dense_(nn.Linear(width, width))
-        self.out_proj = dense_(nn.Linear(width, width))
+        self.q_proj = dense_(Linear(width, width))
+        self.k_proj = dense_(Linear(width, width))
+        self.v_proj = dense_(Linear(width, width))
+        self.out_proj = dense_(Linear(width, width))
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """[B, L, D] -> [B, L, D]."""

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlkern import ops
 from vlkern.layers.attention import merge_heads, split_heads
 from vlkern.layers.init import dense_
+from vlkern.layers.linear import Linear
 from vlkern.layers.mlp import Mlp
 
 
@@ -17,16 +19,16 @@ class ProbeAttention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = dense_(nn.Linear(width, width))
+        self.out_proj = dense_(Linear(width, width))
         for part in self.in_proj_weight.chunk(3):
             nn.init.xavier_uniform_(part)
 
     def forward(self, probe_B1D: torch.Tensor, x_BND: torch.Tensor) -> torch.Tensor:
         """[B, 1, D], [B, N, D] -> [B, 1, D]."""
         (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q = split_heads(F.linear(probe_B1D, wq, bq), self.heads)
-        k = split_heads(F.linear(x_BND, wk, bk), self.heads)
-        v = split_heads(F.linear(x_BND, wv, bv), self.heads)
+        q = split_heads(ops.linear(probe_B1D, wq, bq), self.heads)
+        k = split_heads(ops.linear(x_BND, wk, bk), self.heads)
+        v = split_heads(ops.linear(x_BND, wv, bv), self.heads)
         return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 

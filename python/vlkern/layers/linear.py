@@ -1,0 +1,18 @@
+"""torch.nn.Linear, computed by vlkern.ops.linear."""
+
+import torch
+from torch import nn
+
+from vlkern import ops
+
+
+class Linear(nn.Linear):
+    """y = act(x W^T + b), act none or "gelu_tanh"; parameters as torch.nn.Linear."""
+
+    def __init__(self, inputs: int, outputs: int, *, activation: str | None = None) -> None:
+        super().__init__(inputs, outputs)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        return ops.linear(x, self.weight, self.bias, activation=self.activation)
