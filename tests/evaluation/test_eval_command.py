@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vlkern import cli
-from vlkern.evaluation import TEMPLATES, prompts
+from vlkern.evaluation import TEMPLATES, load_encoder, prompts
 from vlkern.evaluation.tables import Table, cut
 
 
@@ -235,3 +235,12 @@ def test_tables(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     table.show()
     assert "a|b [red]" in capsys.readouterr().out and cut(table.rows, 2) == table.rows
+
+
+@pytest.mark.parametrize(
+    ("content", "resample"), [("", "bilinear"), ('{"resample": 3}', "bicubic"), ("[]", "bilinear")]
+)
+def test_resizing_follows_the_checkpoint(tmp_path, content, resample):
+    gallery.save(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    assert load_encoder(tmp_path).resample == resample
