@@ -96,11 +96,13 @@ def start(
 
 
 def wait(ranks: list[Any], *, seconds: float = 60, kill_when: Callable[[], bool] = lambda: False) -> list[int]:
-    """Exit codes. SIGKILL ends all ranks when one of them has ended badly, or when the caller says so."""
-    begin = time.monotonic()
+    """Exit codes. SIGKILL ends all ranks 5 s after one of them has ended badly, or when the caller says so."""
+    begin, bad = time.monotonic(), None
     while any(p.is_alive() for p in ranks):
         spent = time.monotonic() - begin
-        if any(p.exitcode for p in ranks) or kill_when():
+        if bad is None and any(p.exitcode for p in ranks):
+            bad = spent
+        if kill_when() or (bad is not None and spent > bad + 5):
             for p in ranks:
                 p.kill()
         if spent > seconds:

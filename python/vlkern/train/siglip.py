@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ NAMES = (
     "preset", "from_", "data", "tokenizer", "image_size", "augment", "steps", "batch", "lr", "warmup", "weight_decay",
     "beta2", "clip", "precision", "seed", "freeze", "layer_decay",
 )  # fmt: skip
+#: exp(t') at the start of a run from scratch with fewer steps than SHORT. The papers start at 10 and arrive above 100;
+#: a few thousand steps are too few for that way.
+TEMPERATURE, SHORT = 25.0, 10_000
 TOWERS = {"image": "vision_model", "text": "text_model"}
 
 
@@ -169,6 +173,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     model = _model(settings)
     pairs = _data(args, settings, model, stored)
     _length(args, settings, len(pairs), ranks.world)
+    if not settings["from_"] and settings["steps"] < SHORT:
+        torch.nn.init.constant_(model.logit_scale, math.log(TEMPERATURE))
     identity = {
         "recipe": "siglip",
         "options": settings.values,
