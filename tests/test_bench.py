@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import vlkern
-from vlkern.bench import cli, memory, oracle, rivals, runner, table, timing
+from vlkern.bench import cli, machine, memory, oracle, rivals, runner, siglip, table, timing
 from vlkern.bench.case import MODES, Case, samples_of
 from vlkern.bench.rivals import Absent, Contestant
 
 MIB = 2**20
+CEILINGS = {"copy_GBps": {"copy": 1.0, "clone": 1.0}, "matmul_TFLOPs": {"fp32": 1.0}}
 
 
 def case(op: str, sample: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -235,6 +236,20 @@ def test_the_table_round_trips(repository: Path) -> None:
     assert "liger is absent: liger_kernel is not installed" in (repository / "docs/numbers.md").read_text()
     (repository / "README.md").write_text(text.replace("| fp32 |", "| fp64 |"))
     assert table.main(check) == 1
+
+
+def test_models_race_with_equal_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders and a step: every contestant that is there is right, and the table has a row for each event."""
+    size = ["--preset", "siglip-tiny", "--batch", "1", "--step-batch", "2", "--repeats", "1", "--dtypes", "fp32"]
+    monkeypatch.setattr(machine, "ceilings", lambda *args, **kwargs: CEILINGS)
+    assert siglip.main([*size, "--out", str(tmp_path / "bench/results")]) == 0
+    result = json.loads(next(tmp_path.glob("bench/results/*/siglip.json")).read_text())
+    status = {(row["sample"], row["contestant"]): row["status"] for row in result["rows"]}
+    assert len(status) == 7 and "failed" not in status.values()
+    assert {row["status"] for row in result["rows"] if row["ours"]} == {"ok"}
+    text = table.summary([result])
+    for event in ("image, 1 x 3 x 32 x 32 (forward)", "text, 1 x 16 (forward)", "step, 2 x 3 x 32 x 32"):
+        assert f"| `siglip` | siglip-tiny {event} | fp32 |" in text
 
 
 def test_the_table_needs_its_markers(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ An explicit choice never falls back: it runs, or says why it cannot.
 """
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ def parse(choice: str) -> dict[str, str]:
     return result
 
 
-class _Setting:
+class _Setting(ABC):
     """Takes effect when called, is undone when used as a context manager (like torch.set_grad_enabled)."""
 
     _previous: Any
@@ -44,8 +45,9 @@ class _Setting:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
 
+    @abstractmethod
     def _restore(self) -> None:
-        raise NotImplementedError
+        """Bring back what was before."""
 
 
 class backend(_Setting):

@@ -35,6 +35,13 @@ def cpu_features() -> list[str]:
     return [name for flag, name in _FEATURES.items() if flag in flags]
 
 
+def fast_bfloat16(device: str) -> bool:
+    """Whether matmuls are faster in bfloat16 than in float32 on this kind of device."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return "AMX BF16" in cpu_features()
+
+
 def _cpu() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0

@@ -67,6 +67,16 @@ def test_like_the_image_processors_of_transformers():
         assert (ours.double() - theirs.double()).abs().max() <= 1
 
 
+def test_a_photograph_is_turned_upright():
+    """EXIF orientation 6: the camera was turned, the right-hand side of the stored picture is its lower edge."""
+    stored = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(out, "PNG", exif=exif)
+    upright = np.ascontiguousarray(np.rot90(stored, -1))
+    assert torch.equal(decode_image(out.getvalue(), (4, 6)), torch.from_numpy(upright).permute(2, 0, 1))
+
+
 def test_first_frame_of_a_moving_picture():
     out = io.BytesIO()
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]

@@ -258,5 +258,5 @@ def test_bad_folders(tmp_path, siglip1, gemma_json):
 
 
 def test_a_folder_that_takes_no_file(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         tokenizer.save(tmp_path / "none")

@@ -233,12 +233,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--malloc", choices=("recycle", "default"), default="recycle", help="as in `vlkern bench`")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), metavar="DIR", help="where results go")
     args = parser.parse_args(argv)
+    versions = machine.versions()
+    for name in ("transformers", "timm"):
+        try:
+            versions[name] = peers.load(name).__version__
+        except Absent as reason:
+            if name == "transformers":  # it gives every event its twin
+                parser.error(str(reason))
     torch.manual_seed(0)
     recycle = args.malloc == "recycle"
     ceilings = machine.ceilings("cpu", {name: DTYPES[name] for name in args.dtypes}, recycle=recycle)
     hardware = machine.hardware("cpu")
     hardware["slug"] += "" if recycle else "-default-malloc"
-    versions = machine.versions() | {n: peers.load(n).__version__ for n in ("transformers", "timm")}
     rows: list[Row] = []
     events = (
         partial(image_event, args.preset, args.batch),

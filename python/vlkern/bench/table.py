@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlkern.bench.report import HEAD, absences, cells, machine_lines, races, speedup
+from vlkern.bench.rivals import RACES
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 _COMMAND = "python -m vlkern.bench.table"
@@ -34,8 +35,14 @@ def _time(row: dict[str, Any]) -> str:
     return f"{row['ms']['median']:.3g} ms" if row["ms"]["median"] < 1000 else f"{row['ms']['median'] / 1000:.2f} s"
 
 
+def _shape(row: dict[str, Any], op: str) -> str:
+    """Of an op's first argument; a model's row says by its sample what ran."""
+    shape = " x ".join(map(str, row["shape"]))
+    return shape if op in RACES else f"{row['sample']}, {shape}" + (" (forward)" if row["mode"] == "forward" else "")
+
+
 def summary(results: list[dict[str, Any]]) -> str:
-    """The README's table: our fastest backend against the fastest rival, forward and backward together."""
+    """The README's table: our fastest backend against the fastest rival, with the backward where that was run."""
     head = [
         "op",
         "shape",
@@ -52,8 +59,11 @@ def summary(results: list[dict[str, Any]]) -> str:
         hardware = mine[0]["hardware"]
         lines = [_line(head), _line(["---"] * len(head))]
         for result in mine:
+            trained = {(row["sample"], row["dtype"]) for row in result["rows"] if row.get("mode") == "forward+backward"}
             for _, rows in races(result):
-                timed = [row for row in rows if row["status"] == "ok" and row["mode"] == "forward+backward"]
+                if rows[0]["mode"] == "forward" and (rows[0]["sample"], rows[0]["dtype"]) in trained:
+                    continue
+                timed = [row for row in rows if row["status"] == "ok"]
                 ours = min((r for r in timed if r["ours"]), key=lambda r: r["ms"]["median"], default=None)
                 if ours is None:
                     continue
@@ -62,7 +72,7 @@ def summary(results: list[dict[str, Any]]) -> str:
                     _line(
                         [
                             f"`{result['op']}`",
-                            " x ".join(map(str, ours["shape"])),
+                            _shape(ours, result["op"]),
                             ours["dtype"],
                             f"{_time(ours)} ({ours['contestant'].removeprefix('vlkern ')})",
                             f"{_time(rival)} ({rival['contestant']})" if rival else "none fits",

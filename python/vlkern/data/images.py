@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 #: Told by their first bytes: Pillow would try seven formats before WebP, a fifth of the time of a small picture.
 _FORMATS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
@@ -33,8 +33,8 @@ def check_resample(resample: str) -> Image.Resampling:
 def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "bilinear") -> torch.Tensor:
     """Decode any format that Pillow knows and squeeze it to `size`, as SigLIP does (the aspect ratio is not kept).
 
-    Transparent pictures are laid on white; of a moving picture the first frame is taken. Both filters are antialiased:
-    Pillow's grow with the reduction.
+    A photograph is turned upright as its EXIF says. Transparent pictures are laid on white; of a moving picture the
+    first frame is taken. Both filters are antialiased: Pillow's grow with the reduction.
 
     Args:
         data: contents of the image file.
@@ -51,6 +51,7 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "b
     formats = [name for magic, name in _FORMATS.items() if data.startswith(magic)]
     try:
         with Image.open(io.BytesIO(data), formats=formats or None) as opened:
+            ImageOps.exif_transpose(opened, in_place=True)
             image: Image.Image = opened
             if image.has_transparency_data:
                 image = image.convert("RGBA")

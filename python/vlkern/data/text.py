@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vlkern._files import write_file
 from vlkern.data.pairs import DataError
 
 Merges = Sequence[tuple[int, int]]
@@ -167,14 +167,3 @@ class ByteTokenizer:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}: no merges of a byte tokenizer ({error})") from error
         return cls(length, merges)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write all of it or nothing: under another name first. Raises DataError if the folder takes no file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from error

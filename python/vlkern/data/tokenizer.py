@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
+from vlkern._files import write_file
 from vlkern.data.pairs import DataError
-from vlkern.data.text import BYTE_PAIRS, ByteTokenizer, write_file
+from vlkern.data.text import BYTE_PAIRS, ByteTokenizer
 from vlkern.errors import UserError
 
 CONFIG = "tokenizer_config.json"

@@ -94,13 +94,6 @@ def _writable(folder: Path) -> Path:
     return page
 
 
-def _device() -> tuple[str, bool]:
-    """Where to train, and whether bfloat16 matmuls are faster than float32 there."""
-    if torch.cuda.is_available():
-        return "cuda", torch.cuda.is_bf16_supported()
-    return "cpu", "AMX BF16" in info.cpu_features()
-
-
 def _say(label: str, text: str) -> None:
     print(f"{label:<10}{text}", flush=True)
 
@@ -157,7 +150,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = data.ByteTokenizer(config.text.length, merges)
 
     torch.manual_seed(args.seed)
-    device, autocast = _device()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = info.fast_bfloat16(device)
     model = Siglip(config).to(device)
     torch.nn.init.constant_(model.logit_scale, math.log(TEMPERATURE))
     size = (

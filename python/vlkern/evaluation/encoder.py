@@ -25,13 +25,6 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fast_bfloat16(device: str) -> bool:
-    """Whether matmuls in bfloat16 are faster than in float32 there."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return "AMX BF16" in info.cpu_features()
-
-
 @dataclass(frozen=True, eq=False)
 class Embedded:
     """Embeddings of the pictures that could be read.
@@ -220,7 +213,7 @@ def load_encoder(
         model,
         words,
         device=device,
-        bfloat16=fast_bfloat16(device) if bfloat16 is None else bfloat16,
+        bfloat16=info.fast_bfloat16(device) if bfloat16 is None else bfloat16,
         resample=_resample(beside),
         batch=batch,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlkern.data.text import write_file
+from vlkern._files import write_file
 from vlkern.errors import UserError
 from vlkern.evaluation.tables import Table, cut, percent
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlkern.data.text import write_file
+from vlkern._files import write_file
 from vlkern.errors import UserError
 from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import Pictures, open_pictures

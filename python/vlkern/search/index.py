@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vlkern.data.text import write_file
+from vlkern._files import write_file
 from vlkern.errors import UserError
 from vlkern.evaluation.encoder import Encoder
 from vlkern.evaluation.pictures import Pictures, Stamp, require_some

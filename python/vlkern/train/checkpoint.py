@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from vlkern._files import reason, sync
 from vlkern.errors import UserError
-from vlkern.train.folder import reason, sync
 from vlkern.train.ranks import Ranks
 
 _COMPLETE = re.compile(r"step-(\d+)")

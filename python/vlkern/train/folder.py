@@ -1,49 +1,12 @@
-"""The folder of a run: who may write there, and files that are whole or not there."""
+"""The folder of a run, and who may write there."""
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
+from vlkern._files import reason
 from vlkern.errors import UserError
-
-
-def reason(error: BaseException) -> str:
-    """Why writing or reading failed, in one line; what the operating system said first, if it said something."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def sync(folder: Path) -> None:
-    """Make renames in it outlive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file at once.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.tmp")
-    try:
-        with part.open("w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write ({reason(error)})") from error
 
 
 class RunFolder:

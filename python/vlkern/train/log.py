@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from vlkern._files import reason, write_file
 from vlkern.errors import UserError
 from vlkern.train.board import Board
-from vlkern.train.folder import reason, write
 from vlkern.train.progress import Bar, say
 
 
@@ -35,7 +35,7 @@ class JsonLines:
         try:
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
-                write(path, "".join(line + "\n" for line in lines if _step(line) <= step))
+                write_file(path, "".join(line + "\n" for line in lines if _step(line) <= step).encode())
             self._out = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot write ({reason(error)})") from error

@@ -12,6 +12,7 @@ import torch
 
 import vlkern
 from vlkern import data, info, models
+from vlkern._files import write_file
 from vlkern.bench.timing import recycle_memory
 from vlkern.data.text import FIRST_MERGE
 from vlkern.errors import UserError
@@ -19,7 +20,7 @@ from vlkern.models.siglip import Siglip, resized_config
 from vlkern.recipes.contrastive import Recipe
 from vlkern.recipes.siglip import SiglipTask
 from vlkern.train import loop
-from vlkern.train.folder import RunFolder, write
+from vlkern.train.folder import RunFolder
 from vlkern.train.options import image_side
 from vlkern.train.progress import say
 from vlkern.train.ranks import Ranks
@@ -156,8 +157,7 @@ def _length(args: argparse.Namespace, settings: Settings, pairs: int, world: int
 
 def _precision(device: torch.device) -> str:
     """bf16 where matmuls are faster in it."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else "AMX BF16" in info.cpu_features()
-    return "bf16" if fast else "fp32"
+    return "bf16" if info.fast_bfloat16(device.type) else "fp32"
 
 
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -186,7 +186,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         versions = {"vlkern": vlkern.__version__, "torch": torch.__version__}
         text = json.dumps({**identity, "versions": versions}, indent=2) + "\n"
         # From here on the run can be resumed.
-        ranks.agree(lambda: write(args.out / "config.json", text))
+        ranks.agree(lambda: write_file(args.out / "config.json", text.encode()))
     ranks.agree(lambda: _keep(tokenizer, kept))
     recipe = Recipe(
         batch=settings["batch"], rate=settings["lr"], weight_decay=settings["weight_decay"],

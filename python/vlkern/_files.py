@@ -1,0 +1,46 @@
+"""Files that are whole or not there."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from vlkern.errors import UserError
+
+
+def reason(error: BaseException) -> str:
+    """Why writing or reading failed, in one line; what the operating system said first, if it said something."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def sync(folder: Path) -> None:
+    """Make renames in it outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file at once: all of it is written under another name first.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from error
