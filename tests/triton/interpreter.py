@@ -43,7 +43,7 @@ def launched(monkeypatch):
             kernels[name] = Counted(getattr(room, name))
             monkeypatch.setattr(room, name, kernels[name])
     for op in REGISTRY.values():
-        assert op.missing["triton"] is None
+        assert op.missing["triton"] is None or "triton" not in op.backends
     return {name: counted.grids for name, counted in kernels.items()}
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from vlkern import ops
+from vlkern import _checks, ops
 
 
 class Linear(nn.Linear):
@@ -15,6 +15,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]."""
-        if self.activation is None and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        if self.activation is None and x.dtype == torch.float32 and _checks.autocast_dtype(x) is None:
             return super().forward(x)  # nothing to fuse: one large matmul is a few percent faster than blocks
         return ops.linear(x, self.weight, self.bias, activation=self.activation)
