@@ -67,6 +67,7 @@ def summary(results: list[dict[str, Any]]) -> str:
                 ours = min((r for r in timed if r["ours"]), key=lambda r: r["ms"]["median"], default=None)
                 if ours is None:
                     continue
+                beaten = "too slow to race" if any(row["status"] == "slow" for row in rows) else "none fits"
                 rival = next((r for r in timed if r["contestant"] == ours["best_rival"]), None)
                 lines.append(
                     _line(
@@ -75,7 +76,7 @@ def summary(results: list[dict[str, Any]]) -> str:
                             _shape(ours, result["op"]),
                             ours["dtype"],
                             f"{_time(ours)} ({ours['contestant'].removeprefix('vlkern ')})",
-                            f"{_time(rival)} ({rival['contestant']})" if rival else "none fits",
+                            f"{_time(rival)} ({rival['contestant']})" if rival else beaten,
                             speedup(ours),
                             f"{100 * ours['fraction']:.0f} % {result['ceiling']}",
                             f"{_memory(ours)}, {_memory(rival)}" if rival else _memory(ours),
