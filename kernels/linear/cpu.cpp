@@ -140,6 +140,22 @@ Shape check(const Tensor& x, const Tensor& weight) {
   return {x.size(0), weight.size(0), weight.size(1)};
 }
 
+// The product of `left(i)`, from row i on, and `right(j)`, from column j on, in blocks on all threads;
+// row(products, i, j, n) takes n of them, those of row i from column j on, while they are in cache.
+template <class Left, class Right, class Row>
+void for_each_block(const Shape& s, Left left, Right right, Row row) {
+  Blocks rows = Blocks::of_product(s.m), columns = Blocks::of_product(s.n);
+  torch::stable::parallel_for(0, rows.count * columns.count, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> products(rows.size * columns.size);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t i = rows.begin(t / columns.count), j = columns.begin(t % columns.count);
+      int64_t height = rows.length(t / columns.count), width = columns.length(t % columns.count);
+      sgemm(height, width, s.k, 1.0f, left(i), right(j), 0.0f, products.data(), width);
+      for (int64_t r = 0; r < height; ++r) row(products.data() + r * width, i + r, j, width);
+    }
+  });
+}
+
 // y, and z where it is given.
 template <class T>
 void forward(const Shape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, T* y,
@@ -148,19 +164,12 @@ void forward(const Shape& s, const Tensor& x, const Tensor& weight, const std::o
        wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
   std::vector<float> b(s.n);
   if (bias) widen(torch::stable::contiguous(*bias).template const_data_ptr<T>(), b.data(), s.n);
-  Blocks rows = Blocks::of_product(s.m), columns = Blocks::of_product(s.n);
-  torch::stable::parallel_for(0, rows.count * columns.count, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> products(rows.size * columns.size);
-    for (int64_t t = begin; t < end; ++t) {
-      int64_t i = rows.begin(t / columns.count), j = columns.begin(t % columns.count);
-      int64_t height = rows.length(t / columns.count), width = columns.length(t % columns.count);
-      sgemm(height, width, s.k, 1.0f, {wide_x.data() + i * s.k, s.k}, {wide_w.data() + j * s.k, s.k, true},
-            0.0f, products.data(), width);
-      for (int64_t r = 0; r < height; ++r)
-        finish(products.data() + r * width, b.data() + j, z ? z + (i + r) * s.n + j : nullptr,
-               y + (i + r) * s.n + j, width, gelu);
-    }
-  });
+  for_each_block(
+      s, [&](int64_t i) { return Matrix{wide_x.data() + i * s.k, s.k}; },
+      [&](int64_t j) { return Matrix{wide_w.data() + j * s.k, s.k, true}; },
+      [&](const float* products, int64_t i, int64_t j, int64_t n) {
+        finish(products, b.data() + j, z ? z + i * s.n + j : nullptr, y + i * s.n + j, n, gelu);
+      });
 }
 
 Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias, bool gelu) {
@@ -219,18 +228,15 @@ Tensor linear_product(const Tensor& a_, const Tensor& b_, bool transposed) {
     Wide left = Wide::of(a.const_data_ptr<T>(), s.m * s.k),
          right = Wide::of(b.const_data_ptr<T>(), s.k * s.n);
     T* target = out.mutable_data_ptr<T>();
-    Blocks rows = Blocks::of_product(s.m), columns = Blocks::of_product(s.n);
-    torch::stable::parallel_for(0, rows.count * columns.count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> products(rows.size * columns.size);
-      for (int64_t t = begin; t < end; ++t) {
-        int64_t i = rows.begin(t / columns.count), j = columns.begin(t % columns.count);
-        int64_t height = rows.length(t / columns.count), width = columns.length(t % columns.count);
-        Matrix block = transposed ? Matrix{left.data() + i, s.m, true} : Matrix{left.data() + i * s.k, s.k};
-        sgemm(height, width, s.k, 1.0f, block, {right.data() + j, s.n}, 0.0f, products.data(), width);
-        for (int64_t r = 0; r < height; ++r)
-          narrow(products.data() + r * width, target + (i + r) * s.n + j, width);
-      }
-    });
+    for_each_block(
+        s,
+        [&](int64_t i) {
+          return transposed ? Matrix{left.data() + i, s.m, true} : Matrix{left.data() + i * s.k, s.k};
+        },
+        [&](int64_t j) { return Matrix{right.data() + j, s.n}; },
+        [&](const float* products, int64_t i, int64_t j, int64_t n) {
+          narrow(products, target + i * s.n + j, n);
+        });
   });
   return out;
 }

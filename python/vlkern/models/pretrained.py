@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from vlkern._files import sync
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
 from vlkern.models import siglip, state
@@ -148,7 +149,7 @@ def save_pretrained(
 def _publish(part: Path, folder: Path, weights: list[str]) -> None:
     """Move whole files into their places, in an order that never leaves a mixture that could be read."""
     for file in part.iterdir():
-        _flush(file)
+        sync(file)
     (folder / _INDEX).unlink(missing_ok=True)  # shards without an index are no model
     config, new = folder / _CONFIG, part / _CONFIG
     if config.exists() and config.read_bytes() != new.read_bytes():
@@ -160,15 +161,7 @@ def _publish(part: Path, folder: Path, weights: list[str]) -> None:
     for stale in folder.glob("model*.safetensors"):
         if stale.name not in weights and (stale.name == _WEIGHTS or "-of-" in stale.name):
             stale.unlink()
-    _flush(folder)  # the new names, too, outlive a power cut
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder)  # the new names, too, outlive a power cut
 
 
 def _shards(tensors: Mapping[str, torch.Tensor], limit: int) -> dict[str, list[str]]:
