@@ -50,7 +50,10 @@ def test_parse(choice, table):
         ("", "backend must be one of .* got ''"),
         ("rms_norm=", "backend must be one of .* got ''"),
         ("cpu,", "backend must be one of .* got ''"),
-        ("rms_nrom=cpu", "backend names the op 'rms_nrom'; the ops are linear, rms_norm, sigmoid_loss"),
+        (
+            "rms_nrom=cpu",
+            "backend names the op 'rms_nrom'; the ops are interval_attention, linear, rms_norm, sigmoid_loss",
+        ),
         ("Triton", "got 'Triton'"),
     ],
 )

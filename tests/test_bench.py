@@ -104,7 +104,14 @@ def test_speedup_is_the_best_rivals_time_over_ours(clock: timing.Clock) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_rival_computes_the_op(op: str, dtype: torch.dtype) -> None:
     one = case(
-        op, {"rms_norm": "gemma3_270m_qk_norm", "sigmoid_loss": "above_a_tile", "linear": "above_a_tile"}[op], dtype
+        op,
+        {
+            "rms_norm": "gemma3_270m_qk_norm",
+            "sigmoid_loss": "above_a_tile",
+            "linear": "above_a_tile",
+            "interval_attention": "above_a_tile",
+        }[op],
+        dtype,
     )
     inputs = one.inputs()
     want = oracle.truth(one, inputs)
@@ -155,7 +162,7 @@ def parsed(*argv: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["rmsnorm"], "op must be one of linear, rms_norm"),
+        (["rmsnorm"], "op must be one of interval_attention, linear, rms_norm"),
         (["rms_norm", "--samples", "nope"], "sample must be one of empty, one"),
         (["--dtypes", "int8"], "dtype must be one of fp32, bf16, fp16, got 'int8'"),
         (["--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),

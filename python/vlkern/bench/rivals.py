@@ -133,7 +133,24 @@ def _open_clip_loss(chunk: int) -> Function:
     return function
 
 
+def masked_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, stop: torch.Tensor
+) -> torch.Tensor:
+    """scaled_dot_product_attention with a dense boolean mask, made in the call."""
+    j = torch.arange(k.shape[0], device=k.device)
+    mask = (j >= start[:, None]) & (j < stop[:, None])
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
 RACES: dict[str, Race] = {
+    "interval_attention": Race(
+        ceiling="matmul",
+        # The backward does five products, the forward two.
+        share={"forward": 1.0, "forward+backward": 3.5},
+        rivals=(Contestant("masked SDPA", partial(_plain, masked_sdpa)),),
+    ),
     "linear": Race(
         ceiling="matmul",
         share={"forward": 1.0, "forward+backward": 3.0},
