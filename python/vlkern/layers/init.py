@@ -20,12 +20,13 @@ def lecun_normal_(weight: torch.Tensor, fan_in: int) -> None:
 
 
 def dense_(linear: nn.Linear, *, lecun: bool = False, bias_std: float = 0.0) -> nn.Linear:
-    """Xavier-uniform kernel (or LeCun-normal, flax's default) and a bias of N(0, bias_std^2)."""
+    """Xavier-uniform kernel (or LeCun-normal, flax's default) and a bias, if it has one, of N(0, bias_std^2)."""
     if lecun:
         lecun_normal_(linear.weight, linear.in_features)
     else:
         nn.init.xavier_uniform_(linear.weight)
-    nn.init.normal_(linear.bias, std=bias_std)
+    if linear.bias is not None:
+        nn.init.normal_(linear.bias, std=bias_std)
     return linear
 
 

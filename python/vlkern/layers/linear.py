@@ -9,8 +9,8 @@ from vlkern import _checks, ops
 class Linear(nn.Linear):
     """y = act(x W^T + b), act none or "gelu_tanh"; parameters as torch.nn.Linear."""
 
-    def __init__(self, inputs: int, outputs: int, *, activation: str | None = None) -> None:
-        super().__init__(inputs, outputs)
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, activation: str | None = None) -> None:
+        super().__init__(inputs, outputs, bias)
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

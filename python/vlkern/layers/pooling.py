@@ -23,12 +23,14 @@ class ProbeAttention(nn.Module):
         for part in self.in_proj_weight.chunk(3):
             nn.init.xavier_uniform_(part)
 
+    def project(self, probe: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[..., D], [..., D] -> q of the probe, k and v of the tokens, each as it was."""
+        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        return ops.linear(probe, wq, bq), ops.linear(x, wk, bk), ops.linear(x, wv, bv)
+
     def forward(self, probe_B1D: torch.Tensor, x_BND: torch.Tensor) -> torch.Tensor:
         """[B, 1, D], [B, N, D] -> [B, 1, D]."""
-        (wq, wk, wv), (bq, bk, bv) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q = split_heads(ops.linear(probe_B1D, wq, bq), self.heads)
-        k = split_heads(ops.linear(x_BND, wk, bk), self.heads)
-        v = split_heads(ops.linear(x_BND, wv, bv), self.heads)
+        q, k, v = (split_heads(y, self.heads) for y in self.project(probe_B1D, x_BND))
         return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
 
 
