@@ -16,12 +16,13 @@ from vlkern.layers.mlp import Mlp
 from vlkern.layers.pooling import ProbeAttention
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int, *, empty: bool = False) -> None:
     """Make sure that the sequences fill the tokens.
 
     Args:
         cu_seqlens: [S + 1] int32.
         tokens: T.
+        empty: whether a sequence may be empty.
 
     Raises:
         TypeError: no int32 tensor.
@@ -37,7 +38,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
         return
     if (first := int(cu[0])) != 0 or int(cu[-1]) != tokens:
         raise ValueError(f"cu_seqlens must go from 0 to the number of tokens, {tokens}, got {first} to {int(cu[-1])}")
-    if bool((short := cu.diff() < 1).any()):
+    if bool((short := cu.diff() < (0 if empty else 1)).any()):
         i = int(short.nonzero()[0])
         raise ValueError(f"cu_seqlens must rise, got {int(cu[i])} and then {int(cu[i + 1])} for sequence {i}")
 
@@ -110,13 +111,13 @@ class MapPooling(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, hidden)
 
-    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """[T, D] and cu_seqlens [S + 1] int32 -> [S, D].
+    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, *, empty: bool = False) -> torch.Tensor:
+        """[T, D] and cu_seqlens [S + 1] int32 -> [S, D]. With `empty`, slots without tokens get what is no picture's.
 
         Raises:
             TypeError, ValueError: as `check_cu_seqlens`.
         """
-        check_cu_seqlens(cu_seqlens, len(x_TD))
+        check_cu_seqlens(cu_seqlens, len(x_TD), empty=empty)
         attention = self.attention
         shape = (-1, attention.heads, x_TD.shape[1] // attention.heads)
         q, k, v = (y.view(shape) for y in attention.project(self.probe[0], x_TD))

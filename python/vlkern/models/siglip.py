@@ -40,9 +40,10 @@ class TowerConfig:
     mlp: int
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name != "image_size" and not (type(value) is int and value > 0):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (type(value) is int and value > 0):
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
 
