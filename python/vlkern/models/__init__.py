@@ -1,16 +1,21 @@
 """Complete models by name, `create("siglip2-base-patch16-256")`, or from a checkpoint, `load_pretrained(DIR)`."""
 
 import difflib
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
-from vlkern.models import siglip
+from vlkern.models import naflex, siglip
 from vlkern.models.pretrained import load_pretrained, save_pretrained
 
 __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
 
 #: family module -> its model class; a family lists its configurations in PRESETS
-_FAMILIES = ((siglip.PRESETS, siglip.Siglip),)
+_FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
+    (siglip.PRESETS, siglip.Siglip),
+    (naflex.PRESETS, naflex.Naflex),
+)
 
 
 def list_models() -> list[str]:

@@ -1,10 +1,12 @@
 """What changes in an image tower when its pictures or patches change size: learned positions and the patch convolution.
 
-D width   h, w rows and columns of patches   P patch side   Q new patch side
+D width   h, w rows and columns of patches   P patch side   Q new patch side   T patches of all packed pictures
 """
 
 import torch
 import torch.nn.functional as F
+
+from vlkern.layers.patches import Places
 
 
 def positions(
@@ -33,6 +35,40 @@ def positions(
     grid_hwD = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(0, old)
     rows, columns = (_matrix(*sizes, align_corners).to(grid_hwD) for sizes in zip(old, new, strict=True))
     return torch.einsum("ah,bw,hwd->abd", rows, columns, grid_hwD).flatten(0, 1).to(weight.dtype)
+
+
+def positions_of(weight: torch.Tensor, side: int, at: Places) -> torch.Tensor:
+    """Learned positions for packed pictures of any shapes: `positions` on each picture's grid, all pictures at once.
+
+    Bilinear resizing is linear in the table, one axis after the other, so the vector of a patch is
+
+        sum_ab u_a v_b table[a, b]      u, v: triangles around the patch's centre, `side` numbers each that sum to 1
+
+    which for all patches is one product [T, side^2] x [side^2, D]: for 16 x 16 positions 0.3 % of the work of a
+    twelve-layer encoder, whatever the shapes. Differentiable in the table.
+
+    Args:
+        weight: [side^2, D] floating point, row by row.
+        side: of the learned grid.
+        at: from `vlkern.layers.patches.places`.
+
+    Returns:
+        [T, D] in the dtype of `weight`; weights and sums in float32 or better.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    u, v = (_triangle(side, *axis, dtype) for axis in ((at.row, at.h), (at.column, at.w)))
+    mix = (u[:, :, None] * v[:, None, :]).flatten(1)
+    with torch.autocast(weight.device.type, enabled=False):
+        return (mix @ weight.to(dtype)).to(weight.dtype)
+
+
+def _triangle(side: int, place: torch.Tensor, count: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, side]: how much each learned position counts for place [T] of `count` [T], along one axis."""
+    ratio = side / count.to(dtype)
+    centre = (place + 0.5) * ratio
+    distance = (torch.arange(side, dtype=dtype, device=place.device) + 0.5 - centre[:, None]).abs()
+    weights = (1 - distance / ratio.clamp(min=1)[:, None]).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def patches(weight: torch.Tensor, side: int) -> torch.Tensor:

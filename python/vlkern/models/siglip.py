@@ -91,7 +91,7 @@ class SiglipConfig:
 
 
 # width, depth, heads, mlp
-_SIZES = {
+SIZES = {
     "base": (768, 12, 12, 3072),
     "large": (1024, 24, 16, 4096),
     "so400m": (1152, 27, 16, 4304),
@@ -123,8 +123,8 @@ PRESETS = {
     ),
     **{
         name.format(side): SiglipConfig(
-            VisionConfig(*_SIZES[image], image_size=(side, side), patch=patch),
-            TextConfig(*_SIZES[text], vocabulary=vocabulary, length=length),
+            VisionConfig(*SIZES[image], image_size=(side, side), patch=patch),
+            TextConfig(*SIZES[text], vocabulary=vocabulary, length=length),
         )
         for name, image, text, patch, sides, vocabulary, length in _RELEASED
         for side in sides
@@ -249,28 +249,36 @@ class TextTower(nn.Module):
         return self.head(self.tokens(ids_BL)[:, -1])
 
 
-class Siglip(nn.Module):
-    """Both towers with the learned temperature and bias of the loss.
+class TwoTowers(nn.Module):
+    """An image tower and a text tower with the learned temperature and bias of the loss.
 
     logit_scale, logit_bias: [1]; t' = log of the temperature factor, and b. They start at log 10 and -10, so that at
     first every pair is judged "not a match", which is true for all but one in B.
     """
 
-    def __init__(self, config: SiglipConfig) -> None:
+    def __init__(self, vision_model: nn.Module, text_model: TextTower) -> None:
         super().__init__()
-        self.config = config
-        self.vision_model = VisionTower(config.vision)
-        self.text_model = TextTower(config.text, out=config.vision.width)
+        self.vision_model, self.text_model = vision_model, text_model
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] -> embeddings [B, E] of length 1, at least float32."""
-        return _unit(self.vision_model(pixels))
-
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [B, L] (int32 or int64) -> embeddings [B, E] of length 1, at least float32."""
-        return _unit(self.text_model(ids))
+        return unit(self.text_model(ids))
+
+
+class Siglip(TwoTowers):
+    """Both towers, for pictures of one size."""
+
+    vision_model: VisionTower
+
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__(VisionTower(config.vision), TextTower(config.text, out=config.vision.width))
+        self.config = config
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] -> embeddings [B, E] of length 1, at least float32."""
+        return unit(self.vision_model(pixels))
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels [B, 3, H, W] and ids [B, L] -> the two normalised embeddings, [B, E] each.
@@ -286,7 +294,7 @@ class Siglip(nn.Module):
         return self.encode_image(pixels), self.encode_text(ids)
 
 
-def _unit(u: torch.Tensor) -> torch.Tensor:
+def unit(u: torch.Tensor) -> torch.Tensor:
     """u / |u|, in float32 even when autocast ran the tower in bfloat16: logits are differences of these."""
     return F.normalize(u.to(torch.promote_types(u.dtype, torch.float32)), dim=-1, eps=1e-8)
 
