@@ -106,7 +106,7 @@ class Mask:
     def _rows(self, Nq: int, Nk: int | None, device: torch.device | None, verify: bool) -> Rows:
         segments = self._segments()
         if segments is not None:
-            return segments._rows(Nq, Nk, verify)
+            return segments.rows(Nq, Nk, verify)
         i = torch.arange(Nq, device=device)
         zero, keys = torch.zeros_like(i), Nq if Nk is None else Nk
         return Rows(zero, zero, torch.full_like(i, keys), i + (keys - Nq), 1, keys, verify)
@@ -186,7 +186,8 @@ class Segments(Mask):
     def _interval(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return rows.first, rows.last
 
-    def _rows(self, Nq: int, Nk: int | None, verify: bool) -> Rows:  # type: ignore[override]
+    def rows(self, Nq: int, Nk: int | None, verify: bool) -> Rows:
+        """The queries, each with its segment."""
         cu_q, cu_k = (cu.long().contiguous() for cu in self.source)
         if self.square and Nk not in (None, Nq):
             raise ValueError(f"Nk must be Nq, {Nq}, for documents, got {Nk}: cross() has queries that are not the keys")
@@ -200,7 +201,8 @@ class Segments(Mask):
         behind = (segment + 1).clamp(max=self.count())
         first, last = cu_k[segment], cu_k[behind]
         own = i if self.square else last - (cu_q[behind] - i)
-        return Rows(segment, first, last, own, self.count(), cu_k[-1] if Nk is None else Nk, verify)
+        keys = Nq if self.square else cu_k[-1] if Nk is None else Nk
+        return Rows(segment, first, last, own, self.count(), keys, verify)
 
 
 class _Pair(Mask):
