@@ -1,6 +1,7 @@
 """Pictures: bytes of a file -> uint8 tensor of the size of the model -> the range that the models take."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,7 +31,11 @@ def check_resample(resample: str) -> Image.Resampling:
     return _FILTERS[resample]
 
 
-def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "bilinear") -> torch.Tensor:
+#: (H, W) or the side of a square; or what gives the (H, W) that a picture of H x W pixels gets.
+Size = int | tuple[int, int] | Callable[[int, int], tuple[int, int]]
+
+
+def decode_image(data: bytes, size: Size, *, resample: str = "bilinear") -> torch.Tensor:
     """Decode any format that Pillow knows and squeeze it to `size`, as SigLIP does (the aspect ratio is not kept).
 
     A photograph is turned upright as its EXIF says. Transparent pictures are laid on white; of a moving picture the
@@ -38,7 +43,7 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "b
 
     Args:
         data: contents of the image file.
-        size: (H, W) in pixels, or the side of a square.
+        size: (H, W) in pixels, the side of a square, or a function: (H, W) of the picture -> (H, W) of the result.
         resample: "bilinear" (SigLIP 2) or "bicubic" (Hugging Face's processor of SigLIP 1, open_clip).
 
     Returns:
@@ -47,7 +52,7 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "b
     Raises:
         ValueError: `resample` or `size` is none of these, or the data is no picture that Pillow can decode.
     """
-    (height, width), chosen = check_size(size), check_resample(resample)
+    chosen, fixed = check_resample(resample), None if callable(size) else check_size(size)
     formats = [name for magic, name in _FORMATS.items() if data.startswith(magic)]
     try:
         with Image.open(io.BytesIO(data), formats=formats or None) as opened:
@@ -56,6 +61,7 @@ def decode_image(data: bytes, size: int | tuple[int, int], *, resample: str = "b
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            height, width = fixed or size(image.height, image.width)
             resized = image.convert("RGB").resize((width, height), chosen)
     except UnidentifiedImageError as error:  # Pillow's own message names an address in memory
         raise ValueError("no readable picture: cannot identify its format") from error

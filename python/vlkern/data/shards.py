@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from vlkern.data.images import check_resample, check_size, decode_image
+from vlkern.data.images import Size, check_resample, check_size, decode_image
 from vlkern.data.pairs import DataError, Pair, caption_suffix, image_suffix, parse_captions, parse_record
 from vlkern.data.tar import Damage, Sample, packing, samples
 
@@ -247,26 +247,27 @@ class PairShards(Dataset[Pair]):
         parts = [f"{p.name} {p.stat().st_size} {n}" for p, n in zip(self.paths, counts, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def _decode(self, index: int) -> Pair:
+    def _decode(self, index: int, size: Size) -> Pair:
         """Sample number `index` itself. Raises ValueError if it cannot be read."""
         shard, _ = self._place(index)
         entry = self._entries[index]
         file = self._file(shard).read(int(entry["image"]), int(entry["image_size"]))
-        pixels = decode_image(file, self.image_size, resample=self.resample)
+        pixels = decode_image(file, size, resample=self.resample)
         return Pair(self.key(index), pixels, self.captions_of(index), file)
 
-    def read(self, index: int) -> tuple[Pair | None, dict[int, str]]:
+    def read(self, index: int, size: Size | None = None) -> tuple[Pair | None, dict[int, str]]:
         """Sample number `index` or the next that can be read, and a line for each that could not, by its number.
 
         For worker processes, whose own `skipped` nobody sees: hand the lines to `note` in the process that reports. The
-        pair is None when more than `bad_limit` in a row could not be read, or none at all.
+        pair is None when more than `bad_limit` in a row could not be read, or none at all. `size` takes the place of
+        `image_size`, and may be a function of the picture's own, as in `decode_image`.
         """
         self._place(index)
         lines: dict[int, str] = {}
         for i in range(index, index + min(self.bad_limit + 1, len(self))):
             number = i % len(self)
             try:
-                return self._decode(number), lines
+                return self._decode(number, self.image_size if size is None else size), lines
             except ValueError as error:
                 path = self.paths[self._place(number)[0]]
                 lines[number] = " ".join(f"{path}: sample {self.key(number)}: {error}".split())
