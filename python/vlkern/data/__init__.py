@@ -5,6 +5,7 @@ from pathlib import Path
 from vlkern.data.batches import batches
 from vlkern.data.images import decode_image, to_unit
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
+from vlkern.data.patches import PackedImages, PackedTexts, pack_images, pack_texts
 from vlkern.data.shards import PairShards, find_shards
 from vlkern.data.text import ByteTokenizer, learn_merges
 from vlkern.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -12,6 +13,8 @@ from vlkern.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 __all__ = [
     "ByteTokenizer",
     "DataError",
+    "PackedImages",
+    "PackedTexts",
     "Pair",
     "PairShards",
     "Pairs",
@@ -24,6 +27,8 @@ __all__ = [
     "learn_merges",
     "load_pairs",
     "load_tokenizer",
+    "pack_images",
+    "pack_texts",
     "read_pairs",
     "to_unit",
 ]

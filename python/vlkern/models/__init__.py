@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vlkern.models import naflex, siglip
+from vlkern.models import naflex, navit, siglip
 from vlkern.models.pretrained import load_pretrained, save_pretrained
 
 __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
@@ -15,6 +15,7 @@ __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
 _FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
     (siglip.PRESETS, siglip.Siglip),
     (naflex.PRESETS, naflex.Naflex),
+    (navit.PRESETS, navit.Navit),
 )
 
 
