@@ -2,5 +2,6 @@
 
 from vlkern.masks._kinds import causal, cross, documents, groups, prefix, spans, window
 from vlkern.masks._mask import Mask
+from vlkern.masks._picture import draw
 
-__all__ = ["Mask", "causal", "cross", "documents", "groups", "prefix", "spans", "window"]
+__all__ = ["Mask", "causal", "cross", "documents", "draw", "groups", "prefix", "spans", "window"]
