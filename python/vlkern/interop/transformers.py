@@ -1,4 +1,7 @@
-"""Hugging Face's config.json and names, which are this library's own. transformers is not needed and not imported."""
+"""Hugging Face's config.json and names, which are this library's own, and `use_interval_attention` for its models.
+
+transformers is not imported, and for checkpoints it is not needed.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -7,6 +10,7 @@ import torch
 
 from vlkern.errors import UserError
 from vlkern.interop._shapes import Plan, given, text_config, vision_config
+from vlkern.interop.attention import use_interval_attention as use_interval_attention
 from vlkern.layers.init import shapes_only
 from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, VisionConfig, VisionTower
 from vlkern.models.state import Checkpoint, Source, layers, same
