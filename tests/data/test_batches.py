@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from vlkern.data import ByteTokenizer, DataError, PairShards, batches
-from vlkern.data.batches import _Collate, _Items, _Steps, draws
+from vlkern.data.batches import Steps, _Collate, _Items, draws
 
 TOKENIZER = ByteTokenizer(12)
 
@@ -98,7 +98,7 @@ def test_plan(count, choice):
     start, seed = choice.draw(st.integers(0, 50)), choice.draw(st.integers(-5, 2**65))
     per_pass, plan = (
         count // batch,
-        lambda s, r, w: itertools.islice(_Steps(count, batch, seed, s, r, w), 2 * per_pass + 1),
+        lambda s, r, w: itertools.islice(Steps(count, batch, seed, s, r, w), 2 * per_pass + 1),
     )
     whole = list(plan(start, 0, 1))
     ranks = [list(plan(start, rank, world)) for rank in range(world)]
@@ -129,7 +129,7 @@ def test_the_order_is_written_down():
     """A change here breaks the resuming of every run that was started before."""
     assert np.argsort(draws(10, 0, 0), kind="stable").tolist() == [1, 8, 9, 3, 6, 5, 0, 7, 4, 2]
     assert np.argsort(draws(10, 1, 2), kind="stable").tolist() == [3, 9, 8, 4, 2, 6, 7, 0, 1, 5]
-    assert next(iter(_Steps(10, 2, 7, 12, 0, 1))) == [(9, 18308776529382479869), (3, 10562024942873170505)]
+    assert next(iter(Steps(10, 2, 7, 12, 0, 1))) == [(9, 18308776529382479869), (3, 10562024942873170505)]
 
 
 def test_orders_are_uniform():
@@ -182,7 +182,7 @@ def test_too_many_unreadable_pictures(wounded, workers):
 def test_spawned_workers(pairs):
     """What a worker needs can be pickled, as it must be where processes are not forked."""
     items, collate = pickle.loads(pickle.dumps((_Items(pairs), _Collate(TOKENIZER))))
-    plan = _Steps(30, 12, 0, 0, 0, 1)
+    plan = Steps(30, 12, 0, 0, 0, 1)
     loader = DataLoader(
         items, batch_sampler=plan, collate_fn=collate, num_workers=1, multiprocessing_context="spawn", prefetch_factor=1
     )

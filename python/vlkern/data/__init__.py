@@ -4,8 +4,10 @@ from pathlib import Path
 
 from vlkern.data.batches import batches
 from vlkern.data.images import decode_image, to_unit
+from vlkern.data.native import Views, native_batches
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
 from vlkern.data.patches import PackedImages, PackedTexts, pack_images, pack_texts
+from vlkern.data.resolution import Resolutions
 from vlkern.data.shards import PairShards, find_shards
 from vlkern.data.text import ByteTokenizer, learn_merges
 from vlkern.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -18,7 +20,9 @@ __all__ = [
     "Pair",
     "PairShards",
     "Pairs",
+    "Resolutions",
     "Tokenizer",
+    "Views",
     "batches",
     "check_vocabulary",
     "clipart_mini",
@@ -27,6 +31,7 @@ __all__ = [
     "learn_merges",
     "load_pairs",
     "load_tokenizer",
+    "native_batches",
     "pack_images",
     "pack_texts",
     "read_pairs",

@@ -33,7 +33,7 @@ def draws(count: int, seed: int, epoch: int) -> np.ndarray:
     return _mix(state + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
-class _Steps:
+class Steps:
     """For each step from `start` on, the numbers of this rank's samples, each with a draw for its caption."""
 
     def __init__(self, count: int, global_batch: int, seed: int, start: int, rank: int, world: int) -> None:
@@ -82,6 +82,24 @@ class _Collate:
         return stacked, self.tokenizer(captions), bad
 
 
+def check_batches(dataset: PairShards, global_batch: int, start: int, rank: int, world: int, workers: int) -> None:
+    """Arguments of `batches`. Raises ValueError for one that is out of range, DataError if the set is too small."""
+    for name, value, least in (
+        ("global_batch", global_batch, 1),
+        ("start", start, 0),
+        ("world", world, 1),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be 0 to {world - 1} in a world of {world}, got {rank}")
+    if global_batch % world:
+        raise ValueError(f"global_batch must be a multiple of world, got {global_batch} for {world} ranks")
+    if len(dataset) < global_batch:
+        raise DataError(f"a batch of {global_batch} needs at least as many pairs, got {len(dataset)}")
+
+
 def batches(
     dataset: PairShards,
     global_batch: int,
@@ -127,23 +145,10 @@ def batches(
         >>> pixels.shape, ids.shape
         (torch.Size([32, 3, 64, 64]), torch.Size([32, 16]))
     """
-    for name, value, least in (
-        ("global_batch", global_batch, 1),
-        ("start", start, 0),
-        ("world", world, 1),
-        ("workers", workers, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must be 0 to {world - 1} in a world of {world}, got {rank}")
-    if global_batch % world:
-        raise ValueError(f"global_batch must be a multiple of world, got {global_batch} for {world} ranks")
-    if len(dataset) < global_batch:
-        raise DataError(f"a batch of {global_batch} needs at least as many pairs, got {len(dataset)}")
+    check_batches(dataset, global_batch, start, rank, world, workers)
     loader = DataLoader(
         _Items(dataset),
-        batch_sampler=_Steps(len(dataset), global_batch, seed, start, rank, world),
+        batch_sampler=Steps(len(dataset), global_batch, seed, start, rank, world),
         num_workers=workers,
         collate_fn=_Collate(tokenizer),
         pin_memory=torch.cuda.is_available(),

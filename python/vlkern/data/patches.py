@@ -55,6 +55,7 @@ def pack_images(
         ValueError: there is no picture, one has no such size, or `kept` has another length.
 
     Example:
+        >>> import torch
         >>> packed = pack_images([torch.zeros(3, 16, 24), torch.zeros(3, 8, 8)], patch=8)
         >>> packed.patches.shape, packed.cu_seqlens.tolist(), packed.hw.tolist()
         (torch.Size([7, 192]), [0, 6, 7], [[2, 3], [1, 1]])
@@ -91,6 +92,7 @@ def pack_texts(ids: torch.Tensor, end: int) -> PackedTexts:
         ValueError: another shape, or no text.
 
     Example:
+        >>> import torch
         >>> pack_texts(torch.tensor([[34, 1, 0, 0], [35, 36, 37, 1]]), end=1)
         PackedTexts(ids=tensor([34,  1, 35, 36, 37,  1]), cu_seqlens=tensor([0, 2, 6], dtype=torch.int32))
     """

@@ -45,6 +45,7 @@ class Resolutions:
         ValueError: not 0 < low <= high, a mean that is no finite number, or another way.
 
     Example:
+        >>> import torch
         >>> Resolutions(64, 256).draw(3, torch.Generator().manual_seed(0))
         tensor([243.4153, 176.9569, 135.2032], dtype=torch.float64)
     """

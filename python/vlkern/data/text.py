@@ -107,6 +107,8 @@ class ByteTokenizer:
         tensor([[260,   1,   0,   0,   0,   0]])
     """
 
+    end = END
+
     def __init__(self, length: int, merges: Merges = ()) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")

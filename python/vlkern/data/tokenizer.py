@@ -22,9 +22,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Tokenizer(Protocol):
-    """Texts to ids of one length, padded on the right."""
+    """Texts to ids of one length, padded on the right. What comes before the first `end` of a row is the text."""
 
     length: int
+    end: int
 
     @property
     def vocabulary(self) -> int:

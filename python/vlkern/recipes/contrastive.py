@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlkern import ops
-from vlkern.models.siglip import Siglip, SiglipConfig
+from vlkern.models.siglip import Siglip
 from vlkern.train.updates import update
 
 
@@ -50,7 +50,7 @@ class Objective(nn.Module):
             return ops.sigmoid_contrastive_loss(image, text, scale, bias, group=self._group)
 
 
-def _height(name: str, config: SiglipConfig) -> int:
+def _height(name: str, config: Any) -> int:
     """How many blocks stand between a parameter and the loss; that of a block counts itself, embeddings count all."""
     depth = config.vision.depth if name.startswith("vision_model.") else config.text.depth
     if ".encoder.layers." in name:
@@ -58,8 +58,11 @@ def _height(name: str, config: SiglipConfig) -> int:
     return depth + 1 if ".embeddings." in name else 0
 
 
-def optimizer(model: Siglip, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW of what is not frozen; biases, norms, embeddings, temperature and bias of the loss do not decay."""
+def optimizer(model: Any, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW of what is not frozen; biases, norms, embeddings, temperature and bias of the loss do not decay.
+
+    The model has two towers with parameters named as in Siglip.
+    """
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:

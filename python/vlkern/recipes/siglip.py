@@ -1,7 +1,7 @@
 """SigLIP as the training loop sees it: two towers, image-text pairs, the sigmoid loss."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,12 @@ class SiglipTask:
         augmented: whether pictures are changed at random.
     """
 
+    #: What is saved; the class of `model` itself changes under FSDP.
+    family: Callable[[Any], nn.Module] = Siglip
+
     def __init__(
         self,
-        model: Siglip,
+        model: Any,
         recipe: Recipe,
         steps: int,
         ranks: Ranks,
@@ -66,11 +69,20 @@ class SiglipTask:
         return contrastive.learning_rate(self._recipe, number, number / self._steps)
 
     def batches(self, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """(pixels [b, 3, H, W] uint8, ids [b, L] int64). Says which samples cannot be read, when it meets them."""
-        ranks = self._ranks
+        """What `stream` gives. Says which samples cannot be read, when it meets them."""
         # What the index left out is the same on every rank.
-        said = set() if ranks.first else set(self._pairs.skipped)
-        batches = data.batches(
+        said = set() if self._ranks.first else set(self._pairs.skipped)
+        for batch in self.stream(start):
+            for line in self._pairs.skipped:
+                if line not in said:
+                    say("left out", line)
+                    said.add(line)
+            yield batch
+
+    def stream(self, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """(pixels [b, 3, H, W] uint8, ids [b, L] int64)."""
+        ranks = self._ranks
+        return data.batches(
             self._pairs,
             self._recipe.batch,
             tokenizer=self._tokenizer,
@@ -80,12 +92,6 @@ class SiglipTask:
             world=ranks.world,
             workers=self._workers,
         )
-        for batch in batches:
-            for line in self._pairs.skipped:
-                if line not in said:
-                    say("left out", line)
-                    said.add(line)
-            yield batch
 
     def prepare(self, batch: tuple[torch.Tensor, ...], number: int) -> tuple[torch.Tensor, ...]:
         """Pixels in [-1, 1]. The changes are drawn for the global batch, so they do not depend on the ranks."""
@@ -107,7 +113,7 @@ class SiglipTask:
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Model and tokenizer, as `load_pretrained` and `load_tokenizer` read them."""
         with torch.device("meta"):
-            model = Siglip(self.model.config)
+            model = self.family(self.model.config)
         model.load_state_dict(weights, assign=True)
         part = folder.with_name(f"{folder.name}.tmp")
         try:
