@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlkern import packing as packing_module
-from vlkern.packing import METHODS, Packing, pack
+from vlkern.packing import METHODS, Packing, bins, pack
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sequence_packing.json").read_text())["tables"]
 
@@ -25,11 +24,11 @@ def problems(examples: int, most: int) -> st.SearchStrategy[tuple[list[int], int
     )
 
 
-def naive_first_fit_decreasing(lengths: list[int], capacity: int) -> tuple[list[int], list[int]]:
+def naive_first_fit(lengths: list[int], capacity: int, decreasing: bool) -> tuple[list[int], list[int]]:
     """(bin, offset) by the definition, O(n^2)."""
     used: list[int] = []
     bin, offset = [0] * len(lengths), [0] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i] if decreasing else i):
         b = next((b for b, u in enumerate(used) if u + lengths[i] <= capacity), len(used))
         if b == len(used):
             used.append(0)
@@ -91,10 +90,11 @@ def test_every_example_lies_once_and_apart(method: str, problem: tuple[list[int]
     assert packing.fill == (sum(lengths) / taken.size if lengths else 1.0)
 
 
+@pytest.mark.parametrize("method", ["first_fit", "first_fit_decreasing"])
 @given(problems(60, 40))
-def test_first_fit_decreasing_is_the_naive_one(problem: tuple[list[int], int]) -> None:
-    packing = pack(*problem, method="first_fit_decreasing")
-    assert (packing.bin.tolist(), packing.offset.tolist()) == naive_first_fit_decreasing(*problem)
+def test_first_fit_is_the_naive_one(method: str, problem: tuple[list[int], int]) -> None:
+    packing = pack(*problem, method=method)
+    assert (packing.bin.tolist(), packing.offset.tolist()) == naive_first_fit(*problem, "decreasing" in method)
 
 
 @given(problems(60, 40))
@@ -109,6 +109,7 @@ def test_in_order_is_the_naive_one(problem: tuple[list[int], int]) -> None:
 def test_guarantees(problem: tuple[list[int], int]) -> None:
     best = fewest_bins(*problem)
     assert best <= pack(*problem).bins <= (11 * best + 6) / 9
+    assert best <= pack(*problem, method="first_fit").bins <= 17 * best / 10
     in_order = pack(*problem, method="in_order").bins
     assert in_order == fewest_bins_in_order(*problem)
     assert in_order <= max(2 * best - 1, 0)
@@ -157,10 +158,11 @@ def test_first_fit_decreasing_needs_no_more_bins_than_the_library(table: dict) -
     assert pack(table["lengths"], table["pack_length"]).bins <= len(table["packs"])
 
 
-def test_navit_padding_is_below_two_percent() -> None:
+@pytest.mark.parametrize("method", ["first_fit", "first_fit_decreasing"])
+def test_navit_padding_is_below_two_percent(method: str) -> None:
     """Patch n' Pack: resolutions U(64, 256), patches of 16, sequences of 256 tokens, 4096 bins."""
     side = np.random.default_rng(0).uniform(64, 256, 20_000)
-    packing = pack(np.maximum(np.round((side / 16) ** 2), 1).astype(int), 256)
+    packing = pack(np.maximum(np.round((side / 16) ** 2), 1).astype(int), 256, method=method)
     assert packing.bins >= 4096
     assert 1 - packing.fill < 0.02
 
@@ -231,7 +233,9 @@ def test_bad_input(arguments: tuple, error: type[Exception], message: str) -> No
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(ValueError, match="method must be one of first_fit_decreasing, in_order, got 'best_fit'"):
+    with pytest.raises(
+        ValueError, match="method must be one of first_fit_decreasing, first_fit, in_order, got 'best_fit'"
+    ):
         pack([1], 8, method="best_fit")
 
 
@@ -249,5 +253,5 @@ def test_native_code_checks_again() -> None:
 
 
 def test_the_example_of_the_docstring_runs() -> None:
-    failed, tried = doctest.testmod(packing_module)
+    failed, tried = doctest.testmod(bins)
     assert tried > 2 and failed == 0

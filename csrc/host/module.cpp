@@ -30,5 +30,6 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Tensor-free C++ helpers of vlkern";
   m.def("first_fit_decreasing", packed<vlkern::first_fit_decreasing>, py::arg("lengths").noconvert(),
         py::arg("capacity"));
+  m.def("first_fit", packed<vlkern::first_fit>, py::arg("lengths").noconvert(), py::arg("capacity"));
   m.def("in_order", packed<vlkern::in_order>, py::arg("lengths").noconvert(), py::arg("capacity"));
 }

@@ -40,14 +40,15 @@ Bins prepare(const int64_t* lengths, int64_t n, int64_t capacity) {
   return {std::vector<int64_t>(n), std::vector<int64_t>(n)};
 }
 
-}  // namespace
-
-Bins first_fit_decreasing(const int64_t* lengths, int64_t n, int64_t capacity) {
-  Bins result = prepare(lengths, n, capacity);
+std::vector<int64_t> in_stream_order(int64_t n) {
   std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [=](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-  Rooms rooms(n, capacity);
+  return order;
+}
+
+// Example after example, each into the lowest-numbered bin with room.
+void fit(const std::vector<int64_t>& order, const int64_t* lengths, int64_t capacity, Bins& result) {
+  Rooms rooms(int64_t(order.size()), capacity);
   for (int64_t example : order) {
     int64_t bin = rooms.first_with(lengths[example]);
     result.bin[example] = bin;
@@ -55,6 +56,21 @@ Bins first_fit_decreasing(const int64_t* lengths, int64_t n, int64_t capacity) {
     result.count = std::max(result.count, bin + 1);
     rooms.take(bin, lengths[example]);
   }
+}
+
+}  // namespace
+
+Bins first_fit_decreasing(const int64_t* lengths, int64_t n, int64_t capacity) {
+  Bins result = prepare(lengths, n, capacity);
+  std::vector<int64_t> order = in_stream_order(n);
+  std::stable_sort(order.begin(), order.end(), [=](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+  fit(order, lengths, capacity, result);
+  return result;
+}
+
+Bins first_fit(const int64_t* lengths, int64_t n, int64_t capacity) {
+  Bins result = prepare(lengths, n, capacity);
+  fit(in_stream_order(n), lengths, capacity, result);
   return result;
 }
 

@@ -13,11 +13,14 @@ struct Bins {
   int64_t count = 0;            // bins opened
 };
 
-// Both throw std::invalid_argument unless 1 <= lengths[i] <= capacity for every i < n.
+// All throw std::invalid_argument unless 1 <= lengths[i] <= capacity for every i < n.
 
 // Longest example first, each into the lowest-numbered bin with room. O(n log n) time, 4 n integers of
 // memory.
 Bins first_fit_decreasing(const int64_t* lengths, int64_t n, int64_t capacity);
+
+// Examples in their order, each into the lowest-numbered bin with room. O(n log n), 4 n integers.
+Bins first_fit(const int64_t* lengths, int64_t n, int64_t capacity);
 
 // Examples in their order; a bin closes when the next example does not fit. O(n).
 Bins in_order(const int64_t* lengths, int64_t n, int64_t capacity);
