@@ -29,6 +29,18 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved_naflex(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "naflex"
+    models.save_pretrained(models.create("naflex-tiny"), folder)
+    return folder
+
+
+@pytest.fixture
+def naflex_folder(saved_naflex, tmp_path):
+    return Path(shutil.copytree(saved_naflex, tmp_path / "naflex"))
+
+
 @pytest.fixture
 def folder(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "model"))
@@ -213,7 +225,7 @@ def test_no_checkpoint_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e.update(model_type="clip"), "config.json: model_type must be 'siglip', got 'clip'"),
+        (lambda e: e.update(model_type="clip"), "model_type must be 'siglip' or 'siglip2', got 'clip'"),
         (lambda e: e.update(text_config=[1]), r"text_config must be an object, got \[1\]"),
         (
             lambda e: e["vision_config"].update(hidden_act="gelu"),
@@ -229,7 +241,7 @@ def test_no_checkpoint_at_all(tmp_path):
         (lambda e: e["text_config"].pop("vocab_size"), r"wrong shape .*token_embedding.*\[32000, 21\], got \[19, 21\]"),
         (
             lambda e: (e.update(model_type="siglip2"), e["vision_config"].pop("image_size")),
-            "a NaFlex model .*only models of a fixed resolution",
+            "vision_config: heads must share the width .* got 3 heads of width 39",
         ),
     ],
 )
@@ -244,10 +256,40 @@ def test_config_json_that_is_no_object(folder, text, message):
     assert message in _refusal(folder)
 
 
-def test_naflex_without_config(folder):
-    (folder / "config.json").unlink()
-    _edit(folder, lambda s: s.update({"vision_model.embeddings.patch_embedding.weight": torch.zeros(39, 147)}))
-    assert "its patch embedding is linear, as in NaFlex models" in _refusal(folder)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["vision_config"].update(num_patches=15), "num_patches must be the square .*, got 15"),
+        (lambda e: e["vision_config"].update(num_patches="16"), "num_patches must be the square .*, got '16'"),
+        (lambda e: e["vision_config"].update(num_patches=9), r"wrong shape .*position.*\[9, 192\], got \[16, 192\]"),
+        (lambda e: e["vision_config"].update(num_attention_heads=16), "heads must share .* 16 heads of width 192"),
+        (lambda e: e["vision_config"].update(image_size=32), r"wrong shape .*patch_embedding.*\[192, 3, 8, 8\]"),
+    ],
+)
+def test_naflex_config_json_that_does_not_fit(naflex_folder, change, message):
+    _configure(naflex_folder, change)
+    assert re.search(message, _refusal(naflex_folder))
+
+
+def test_naflex_shapes_that_do_not_fit(naflex_folder, folder, tmp_path):
+    (naflex_folder / "config.json").unlink()
+    patches = "vision_model.embeddings.patch_embedding.weight"
+    _edit(naflex_folder, lambda s: s.update({patches: torch.zeros(192, 147 + 3)}))
+    assert "patches of 150 numbers are no squares with three channels" in _refusal(naflex_folder)
+    _edit(naflex_folder, lambda s: s.update({patches: torch.zeros(192, 147)}))
+    _edit(naflex_folder, lambda s: s.update({patches.replace("patch", "position"): torch.zeros(17, 192)}))
+    assert "17 positions fill no square" in _refusal(naflex_folder)
+    # Under timm's names, too, NaFlex models have linear patches.
+    timm = {"patch_embed.proj.weight": torch.zeros(8, 12), "pos_embed": torch.zeros(1, 4, 8)}
+    save_file({**timm, "attn_pool.latent": torch.zeros(1, 1, 8)}, tmp_path / "timm.safetensors")
+    assert "its patch embedding is linear, as in NaFlex models" in _refusal(tmp_path / "timm.safetensors")
+
+
+def test_naflex_models_have_no_size(naflex_folder):
+    with pytest.raises(ValueError, match=r"image_size and patch must be None: .* is a NaFlex model"):
+        models.load_pretrained(naflex_folder, image_size=64)
+    with pytest.raises(ValueError, match=r"image_size and patch must be None: .* is a NaFlex model"):
+        models.load_pretrained(naflex_folder, patch=16)
 
 
 def test_what_shapes_do_not_tell(folder, tmp_path):
@@ -309,7 +351,7 @@ def test_dtype_that_is_none(saved):
 
 
 def test_what_cannot_be_saved(saved, tmp_path):
-    with pytest.raises(TypeError, match=r"model must be a vlkern\.models\.siglip\.Siglip, got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a vlkern\.models\.siglip\.Siglip or .*, got Linear"):
         models.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "new")
     with torch.device("meta"):
         empty = Siglip(CONFIG)

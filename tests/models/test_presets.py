@@ -7,6 +7,7 @@ import torch
 from peers import load, transformers_config
 
 from vlkern import models
+from vlkern.models import naflex
 from vlkern.models.siglip import PRESETS
 
 RELEASED = {
@@ -21,6 +22,7 @@ RELEASED = {
     *(f"siglip2-so400m-patch16-{side}" for side in (256, 384, 512)),
     *(f"siglip2-giant-opt-patch16-{side}" for side in (256, 384)),
 }
+NAFLEX = {"siglip2-base-patch16-naflex", "siglip2-so400m-patch16-naflex"}
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -28,16 +30,19 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def test_all_released_names():
-    assert set(models.list_models()) == RELEASED | {"siglip-tiny", "siglip-small"}
+    small = {"siglip-tiny", "siglip-small", "naflex-tiny", "naflex-small"}
+    assert set(models.list_models()) >= RELEASED | NAFLEX | small
+    assert {name for name in models.list_models() if name.startswith("siglip")} <= RELEASED | NAFLEX | small
     assert not [name for name, times in Counter(models.list_models()).items() if times > 1]
 
 
-@pytest.mark.parametrize("name", models.list_models())
+@pytest.mark.parametrize("name", [*PRESETS, *naflex.PRESETS])
 def test_transformers_has_the_same_parameters(name):
     transformers = load("transformers")
     with torch.device("meta"):
         ours = models.create(name)
-        theirs = transformers.SiglipModel(transformers_config(PRESETS[name]))
+        config = transformers_config(ours.config)
+        theirs = (transformers.SiglipModel if name in PRESETS else transformers.Siglip2Model)(config)
     shapes = {key: tuple(p.shape) for key, p in ours.named_parameters()}
     assert shapes == {key: tuple(p.shape) for key, p in theirs.named_parameters()}
     assert _count(ours) == _count(theirs)
@@ -60,6 +65,8 @@ def test_forward_on_the_meta_device(name):
         ("siglip2-large-patch16-256", 316, 566),
         ("siglip2-so400m-patch14-224", 428, 708),
         ("siglip2-giant-opt-patch16-256", 1163, 708),
+        ("siglip2-base-patch16-naflex", 92.9, 282),
+        ("siglip2-so400m-patch16-naflex", 428, 708),
     ],
 )
 def test_the_papers_parameter_counts(name, image, text):

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from vlkern.bench.rivals import Absent
+from vlkern.models.naflex import NaflexConfig, NaflexVisionConfig
 from vlkern.models.siglip import SiglipConfig, TowerConfig, VisionConfig
 
 _STAND_INS = ("torchvision", "ftfy")
@@ -81,8 +82,8 @@ def load(name: str) -> Any:
         return importlib.import_module(name)
 
 
-def transformers_config(c: SiglipConfig) -> Any:
-    """transformers' SiglipConfig of the same sizes."""
+def transformers_config(c: SiglipConfig | NaflexConfig) -> Any:
+    """transformers' SiglipConfig of the same sizes, or its Siglip2Config for a NaFlex model."""
 
     def tower(t: TowerConfig) -> dict[str, int]:
         return {
@@ -92,8 +93,13 @@ def transformers_config(c: SiglipConfig) -> Any:
             "intermediate_size": t.mlp,
         }
 
-    return load("transformers").SiglipConfig(
-        vision_config={**tower(c.vision), "image_size": c.vision.image_size[0], "patch_size": c.vision.patch},
+    transformers = load("transformers")
+    if isinstance(c.vision, NaflexVisionConfig):
+        make, size = transformers.Siglip2Config, {"num_patches": c.vision.patches}
+    else:
+        make, size = transformers.SiglipConfig, {"image_size": c.vision.image_size[0]}
+    return make(
+        vision_config={**tower(c.vision), **size, "patch_size": c.vision.patch},
         text_config={
             **tower(c.text),
             "vocab_size": c.text.vocabulary,

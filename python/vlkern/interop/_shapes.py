@@ -5,22 +5,23 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from vlkern.errors import UserError
-from vlkern.models import siglip
+from vlkern.models import naflex, siglip
 from vlkern.models.state import Checkpoint, Source, need
 
-Config = TypeVar("Config", siglip.SiglipConfig, siglip.VisionConfig)
+AnyConfig = siglip.SiglipConfig | siglip.VisionConfig | naflex.NaflexConfig | naflex.NaflexVisionConfig
+Config = TypeVar("Config", siglip.SiglipConfig, siglip.VisionConfig, naflex.NaflexConfig, naflex.NaflexVisionConfig)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to read a checkpoint.
 
-    config: SiglipConfig for two towers, VisionConfig for a file with the image tower alone.
+    config: SiglipConfig or NaflexConfig for two towers, VisionConfig or NaflexVisionConfig for the image tower alone.
     sources: parameter of the model -> tensors of the file.
     root: what the names of the model's tensors begin with; others are left alone.
     """
 
-    config: siglip.SiglipConfig | siglip.VisionConfig
+    config: AnyConfig
     sources: dict[str, Source]
     root: str = ""
 
@@ -32,7 +33,7 @@ def given(checkpoint: Checkpoint, config: object, kind: type[Config]) -> Config 
         UserError: it is another.
     """
     if config is not None and not isinstance(config, kind):
-        holds = "two towers" if kind is siglip.SiglipConfig else "the image tower alone"
+        holds = "two towers" if kind in (siglip.SiglipConfig, naflex.NaflexConfig) else "the image tower alone"
         raise UserError(
             f"{checkpoint.path} holds {holds}: config must be a {kind.__name__}, got {type(config).__name__}"
         )
@@ -58,12 +59,22 @@ def image_size(checkpoint: Checkpoint, patches: int, patch: int) -> tuple[int, i
     Raises:
         UserError: the patches fill no square.
     """
+    side = square(checkpoint, patches) * patch
+    return side, side
+
+
+def square(checkpoint: Checkpoint, patches: int) -> int:
+    """The side of the square grid with so many patches.
+
+    Raises:
+        UserError: the patches fill no square.
+    """
     side = math.isqrt(patches)
     if side**2 != patches:
         raise UserError(
             f"{checkpoint.path}: {patches} positions fill no square: pass config= to say which grid they fill"
         )
-    return side * patch, side * patch
+    return side
 
 
 def vision_config(checkpoint: Checkpoint, patches: str, positions: str, fc1: str, *, depth: int) -> siglip.VisionConfig:
@@ -74,8 +85,8 @@ def vision_config(checkpoint: Checkpoint, patches: str, positions: str, fc1: str
     """
     if patches in checkpoint.shapes and checkpoint.shapes[patches].dim() == 2:
         raise UserError(
-            f"{checkpoint.path}: its patch embedding is linear, as in NaFlex models, which take pictures of any shape; "
-            "only models of a fixed resolution are read"
+            f"{checkpoint.path}: its patch embedding is linear, as in NaFlex models, which are read with the names of "
+            "transformers or big_vision only"
         )
     dims = checkpoint.shapes[positions].dim() if positions in checkpoint.shapes else 2
     conv, table, hidden = need(checkpoint, {patches: 4, positions: max(dims, 2), fc1: 2})
@@ -87,6 +98,37 @@ def vision_config(checkpoint: Checkpoint, patches: str, positions: str, fc1: str
         image_size=image_size(checkpoint, table[-2], conv[2]),
         patch=conv[2],
     )
+
+
+def naflex_vision_config(
+    checkpoint: Checkpoint, patches: str, positions: str, fc1: str, *, depth: int
+) -> naflex.NaflexVisionConfig:
+    """A NaFlex image tower with patch weights `patches` [D, 3 P^2], `positions` [N, D] and first layer [mlp, D].
+
+    Raises:
+        UserError: a tensor is missing or cannot be that tensor, or the shapes leave something open.
+    """
+    linear, table, hidden = need(checkpoint, {patches: 2, positions: 2, fc1: 2})
+    return naflex.NaflexVisionConfig(
+        width=linear[0],
+        depth=depth,
+        heads=heads(checkpoint, linear[0]),
+        mlp=hidden[0],
+        patch=patch_side(checkpoint, linear[1]),
+        side=square(checkpoint, table[0]),
+    )
+
+
+def patch_side(checkpoint: Checkpoint, numbers: int) -> int:
+    """The side P of patches of 3 P^2 numbers.
+
+    Raises:
+        UserError: there is none.
+    """
+    side = math.isqrt(numbers // 3)
+    if 3 * side**2 != numbers:
+        raise UserError(f"{checkpoint.path}: patches of {numbers} numbers are no squares with three channels")
+    return side
 
 
 def text_config(checkpoint: Checkpoint, tokens: str, positions: str, fc1: str, *, depth: int) -> siglip.TextConfig:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from vlkern.interop._shapes import Plan, given, image_size
+from vlkern.interop._shapes import Plan, given, image_size, patch_side
+from vlkern.models.naflex import NaflexConfig, NaflexVisionConfig
 from vlkern.models.siglip import SiglipConfig, TextConfig, VisionConfig
 from vlkern.models.state import Checkpoint, Source, layers, need
 
@@ -45,6 +46,10 @@ def _rows(table: torch.Tensor) -> torch.Tensor:
     return table.squeeze(0)
 
 
+def _grid(table: torch.Tensor) -> torch.Tensor:
+    return table.flatten(0, 1)
+
+
 def _linear(ours: str, theirs: str, layout: Layout = _dense, bias: Layout = _same) -> Table:
     return {f"{ours}.weight": (f"{theirs}/kernel", layout), f"{ours}.bias": (f"{theirs}/bias", bias)}
 
@@ -69,6 +74,12 @@ _IMAGE: Table = {
     "embeddings.position_embedding.weight": ("pos_embedding", _rows),
     **_norm("post_layernorm", "Transformer/encoder_norm"),
 }
+#: Patches come as rows of numbers already, in the order that the kernel has; positions are a grid.
+_NAFLEX_IMAGE: Table = {
+    **_IMAGE,
+    **_linear("embeddings.patch_embedding", "embedding"),
+    "embeddings.position_embedding.weight": ("pos_embedding", _grid),
+}
 _TEXT: Table = {
     "embeddings.token_embedding.weight": ("Embed_0/embedding", _same),
     "embeddings.position_embedding.weight": ("pos_embedding", _rows),
@@ -91,8 +102,8 @@ def knows(names: Collection[str]) -> bool:
 
 
 def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
-    """How to read Siglip, or VisionTower when there is nothing else; `config` is what the file holds, None to tell by
-    its shapes, which leave nothing open when pictures are square.
+    """How to read Siglip or Naflex, or an image tower when there is nothing else; `config` is what the file holds,
+    None to tell by its shapes, which leave nothing open when pictures are square.
 
     Raises:
         UserError: the shapes do not tell it, or `config` is of the wrong kind.
@@ -100,27 +111,41 @@ def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
     names = checkpoint.shapes
     root = "params/" if any(name.startswith("params/") for name in names) else ""
     stacked = any("/encoderblock/" in name for name in names)
-    if f"{root}{_IMAGE_ROOT}embedding/kernel" not in names:
-        image = given(checkpoint, config, VisionConfig) or _vision_config(checkpoint, root)
+    two = f"{root}{_IMAGE_ROOT}embedding/kernel" in names
+    image_root = root + _IMAGE_ROOT if two else root
+    naflex = names[f"{image_root}embedding/kernel"].dim() == 2
+    if not two:
+        image: VisionConfig | NaflexVisionConfig
+        if naflex:
+            image = given(checkpoint, config, NaflexVisionConfig) or _naflex_vision_config(checkpoint, root)
+        else:
+            image = given(checkpoint, config, VisionConfig) or _vision_config(checkpoint, root)
         return Plan(image, image_sources(image, root, stacked=stacked), root)
-    c = given(checkpoint, config, SiglipConfig) or SiglipConfig(
-        _vision_config(checkpoint, root + _IMAGE_ROOT), _text_config(checkpoint, root + _TEXT_ROOT)
-    )
+    c: SiglipConfig | NaflexConfig
+    if naflex:
+        c = given(checkpoint, config, NaflexConfig) or NaflexConfig(
+            _naflex_vision_config(checkpoint, image_root), _text_config(checkpoint, root + _TEXT_ROOT)
+        )
+    else:
+        c = given(checkpoint, config, SiglipConfig) or SiglipConfig(
+            _vision_config(checkpoint, image_root), _text_config(checkpoint, root + _TEXT_ROOT)
+        )
     found = {
         "logit_scale": Source((f"{root}t",), lambda number: number.reshape(1)),
         "logit_bias": Source((f"{root}b",), lambda number: number.reshape(1)),
     }
-    for name, source in image_sources(c.vision, root + _IMAGE_ROOT, stacked=stacked).items():
+    for name, source in image_sources(c.vision, image_root, stacked=stacked).items():
         found[f"vision_model.{name}"] = source
     for name, source in text_sources(c.text, root + _TEXT_ROOT, stacked=stacked).items():
         found[f"text_model.{name}"] = source
     return Plan(c, found, root)
 
 
-def image_sources(c: VisionConfig, root: str, *, stacked: bool) -> dict[str, Source]:
-    """Parameter of VisionTower -> arrays."""
+def image_sources(c: VisionConfig | NaflexVisionConfig, root: str, *, stacked: bool) -> dict[str, Source]:
+    """Parameter of VisionTower, or of NaflexVisionTower -> arrays."""
     head = {f"head.{name}": source for name, source in map_sources(root).items()}
-    return _from(_IMAGE, root) | _blocks(f"{root}Transformer", c.depth, stacked) | head
+    table = _NAFLEX_IMAGE if isinstance(c, NaflexVisionConfig) else _IMAGE
+    return _from(table, root) | _blocks(f"{root}Transformer", c.depth, stacked) | head
 
 
 def text_sources(c: TextConfig, root: str, *, stacked: bool) -> dict[str, Source]:
@@ -178,6 +203,12 @@ def _vision_config(checkpoint: Checkpoint, root: str) -> VisionConfig:
     depth, heads, mlp = _block_sizes(checkpoint, f"{root}Transformer")
     size = image_size(checkpoint, positions[1], conv[0])
     return VisionConfig(conv[3], depth, heads, mlp, image_size=size, patch=conv[0])
+
+
+def _naflex_vision_config(checkpoint: Checkpoint, root: str) -> NaflexVisionConfig:
+    linear, positions = need(checkpoint, {f"{root}embedding/kernel": 2, f"{root}pos_embedding": 3})
+    depth, heads, mlp = _block_sizes(checkpoint, f"{root}Transformer")
+    return NaflexVisionConfig(linear[1], depth, heads, mlp, patch=patch_side(checkpoint, linear[0]), side=positions[0])
 
 
 def _text_config(checkpoint: Checkpoint, root: str) -> TextConfig:

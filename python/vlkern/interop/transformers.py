@@ -3,17 +3,21 @@
 transformers is not imported, and for checkpoints it is not needed.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vlkern.errors import UserError
-from vlkern.interop._shapes import Plan, given, text_config, vision_config
+from vlkern.interop._shapes import AnyConfig, Plan, given, naflex_vision_config, text_config, vision_config
 from vlkern.interop.attention import use_interval_attention as use_interval_attention
 from vlkern.layers.init import shapes_only
-from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, VisionConfig, VisionTower
+from vlkern.models.naflex import Naflex, NaflexConfig, NaflexVisionConfig, NaflexVisionTower
+from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, TowerConfig, VisionConfig, VisionTower
 from vlkern.models.state import Checkpoint, Source, layers, same
+
+Size = TypeVar("Size", VisionConfig, NaflexVisionConfig)
 
 _IMAGE, _TEXT = "vision_model.", "text_model."
 _PATCHES = "embeddings.patch_embedding.weight"
@@ -26,6 +30,7 @@ _TOWER = {
     "intermediate_size": 3072,
 }
 _VISION = {**_TOWER, "image_size": 224, "patch_size": 16}
+_NAFLEX_VISION = {**_TOWER, "patch_size": 16, "num_patches": 256}
 _LANGUAGE = {**_TOWER, "vocab_size": 32_000, "max_position_embeddings": 64}
 # Entries that this model has one value for.
 _FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "attention_dropout": 0.0}
@@ -33,26 +38,40 @@ _FIXED_VISION = {**_FIXED, "num_channels": 3, "vision_use_head": True}
 
 
 def knows(names: Collection[str]) -> bool:
-    """Whether these are the names of SiglipModel or SiglipVisionModel."""
+    """Whether these are the names of SiglipModel, Siglip2Model or an image tower of theirs."""
     return _PATCHES in names or any(name.startswith((_IMAGE, _TEXT)) for name in names)
 
 
 def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
-    """How to read Siglip, or VisionTower when there is nothing else; `config` is what the file holds, None to tell by
-    its shapes.
+    """How to read Siglip or Naflex, or an image tower when there is nothing else; `config` is what the file holds,
+    None to tell by its shapes: patches are cut by a convolution, or by a linear map in NaFlex models.
 
     Raises:
         UserError: the shapes do not tell it, or `config` is of the wrong kind.
     """
     names = checkpoint.shapes
-    if isinstance(config, SiglipConfig) or any(name.startswith(_TEXT) for name in names):
-        c = given(checkpoint, config, SiglipConfig) or SiglipConfig(
-            _vision_size(checkpoint, _IMAGE), _text_size(checkpoint)
+    two = isinstance(config, SiglipConfig | NaflexConfig) or any(name.startswith(_TEXT) for name in names)
+    root = _IMAGE if two or any(name.startswith(_IMAGE) for name in names) else ""
+    if config is None:
+        linear = names.get(root + _PATCHES)
+        naflex = linear is not None and linear.dim() == 2
+    else:
+        naflex = isinstance(config, NaflexConfig | NaflexVisionConfig)
+    if naflex and two:
+        flexible = given(checkpoint, config, NaflexConfig) or NaflexConfig(
+            _vision_size(checkpoint, root, naflex_vision_config), _text_size(checkpoint)
         )
-        return Plan(c, _sources(lambda: Siglip(c)))
-    root = _IMAGE if any(name.startswith(_IMAGE) for name in names) else ""
-    image = given(checkpoint, config, VisionConfig) or _vision_size(checkpoint, root)
-    return Plan(image, _sources(lambda: VisionTower(image), root))
+        return Plan(flexible, _sources(lambda: Naflex(flexible)))
+    if two:
+        fixed = given(checkpoint, config, SiglipConfig) or SiglipConfig(
+            _vision_size(checkpoint, root, vision_config), _text_size(checkpoint)
+        )
+        return Plan(fixed, _sources(lambda: Siglip(fixed)))
+    if naflex:
+        image = given(checkpoint, config, NaflexVisionConfig) or _vision_size(checkpoint, root, naflex_vision_config)
+        return Plan(image, _sources(lambda: NaflexVisionTower(image), root))
+    square = given(checkpoint, config, VisionConfig) or _vision_size(checkpoint, root, vision_config)
+    return Plan(square, _sources(lambda: VisionTower(square), root))
 
 
 def _sources(build: Callable[[], torch.nn.Module], root: str = "") -> dict[str, Source]:
@@ -60,10 +79,10 @@ def _sources(build: Callable[[], torch.nn.Module], root: str = "") -> dict[str, 
         return {name: same(root + name) for name in build().state_dict()}
 
 
-def _vision_size(checkpoint: Checkpoint, root: str) -> VisionConfig:
+def _vision_size(checkpoint: Checkpoint, root: str, read: Callable[..., Size]) -> Size:
     depth = layers(checkpoint.shapes, f"{root}encoder.layers.")
     names = (_PATCHES, "embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
-    return vision_config(checkpoint, *(root + name for name in names), depth=depth)
+    return read(checkpoint, *(root + name for name in names), depth=depth)
 
 
 def _text_size(checkpoint: Checkpoint) -> TextConfig:
@@ -73,7 +92,7 @@ def _text_size(checkpoint: Checkpoint) -> TextConfig:
     return text_config(checkpoint, *names, depth=depth)
 
 
-def from_json(entries: Mapping[str, Any], where: object = "config.json") -> SiglipConfig | VisionConfig:
+def from_json(entries: Mapping[str, Any], where: object = "config.json") -> AnyConfig:
     """The configuration that a Hugging Face config.json describes.
 
     Args:
@@ -82,7 +101,7 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> Sigl
 
     Returns:
         SiglipConfig for `"model_type": "siglip"` (also fixed-resolution SigLIP 2), VisionConfig for
-        `"siglip_vision_model"`.
+        `"siglip_vision_model"`; NaflexConfig for `"siglip2"`, NaflexVisionConfig for `"siglip2_vision_model"`.
 
     Raises:
         UserError: another model, an entry that this model does not have or of a wrong type, or an impossible size.
@@ -90,19 +109,21 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> Sigl
     kind = entries.get("model_type")
     if kind == "siglip_vision_model":
         return _vision(entries, where)
+    if kind == "siglip2_vision_model":
+        return _naflex_vision(entries, where)
     vision, text = entries.get("vision_config") or {}, entries.get("text_config") or {}
     for name, part in (("vision_config", vision), ("text_config", text)):
         if not isinstance(part, Mapping):
             raise UserError(f"{where}: {name} must be an object, got {part!r}")
-    if kind == "siglip2" and "image_size" not in vision:
-        raise UserError(
-            f"{where}: a NaFlex model (model_type siglip2 without image_size), which takes pictures of any shape; only "
-            "models of a fixed resolution are read"
-        )
     if kind not in ("siglip", "siglip2"):
-        raise UserError(f"{where}: model_type must be 'siglip', got {kind!r}")
-    c = SiglipConfig(_vision(vision, f"{where}: vision_config"), _text(text, f"{where}: text_config"))
-    out = text.get("projection_size") or c.text.width
+        raise UserError(f"{where}: model_type must be 'siglip' or 'siglip2', got {kind!r}")
+    words = _text(text, f"{where}: text_config")
+    c: SiglipConfig | NaflexConfig
+    if kind == "siglip2" and "image_size" not in vision:  # one that has it is a SigLIP of fixed size
+        c = NaflexConfig(_naflex_vision(vision, f"{where}: vision_config"), words)
+    else:
+        c = SiglipConfig(_vision(vision, f"{where}: vision_config"), words)
+    out = text.get("projection_size") or words.width
     if out != c.vision.width:
         raise UserError(
             f"{where}: texts have projection_size {out} and pictures hidden_size {c.vision.width}; they must be equal"
@@ -110,11 +131,10 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> Sigl
     return c
 
 
-def to_json(c: SiglipConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json with which transformers' SiglipModel reads the model's state dict."""
-    (height, width), vision, text = c.vision.image_size, c.vision, c.text
+def to_json(c: SiglipConfig | NaflexConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json with which transformers' SiglipModel, or Siglip2Model, reads the model's state dict."""
 
-    def tower(t: VisionConfig | TextConfig) -> dict[str, Any]:
+    def tower(t: TowerConfig) -> dict[str, Any]:
         return {
             "hidden_size": t.width,
             "num_hidden_layers": t.depth,
@@ -123,38 +143,60 @@ def to_json(c: SiglipConfig, dtype: torch.dtype) -> dict[str, Any]:
             **_FIXED,
         }
 
+    text, size = c.text, _size(c.vision)
+    kind = "siglip2" if isinstance(c, NaflexConfig) else "siglip"
     return {
-        "architectures": ["SiglipModel"],
+        "architectures": [f"{kind.capitalize()}Model"],
         "dtype": str(dtype).removeprefix("torch."),
         "initializer_factor": 1.0,
-        "model_type": "siglip",
+        "model_type": kind,
         "text_config": {
-            "model_type": "siglip_text_model",
+            "model_type": f"{kind}_text_model",
             **tower(text),
             "vocab_size": text.vocabulary,
             "max_position_embeddings": text.length,
-            "projection_size": vision.width,
+            "projection_size": c.vision.width,
             # SiglipModel uses neither, but warns of its defaults, 49406 and 49407, when the vocabulary is smaller.
             "bos_token_id": None,
             "eos_token_id": 1,
         },
         "vision_config": {
-            "model_type": "siglip_vision_model",
-            **tower(vision),
+            "model_type": f"{kind}_vision_model",
+            **tower(c.vision),
             "num_channels": 3,
-            "image_size": height if height == width else [height, width],
-            "patch_size": vision.patch,
+            "patch_size": c.vision.patch,
+            **size,
         },
     }
 
 
+def _size(vision: VisionConfig | NaflexVisionConfig) -> dict[str, Any]:
+    if isinstance(vision, NaflexVisionConfig):
+        return {"num_patches": vision.patches}
+    height, width = vision.image_size
+    return {"image_size": height if height == width else [height, width]}
+
+
 def _vision(entries: Mapping[str, Any], where: object) -> VisionConfig:
     got = _filled(entries, _VISION, _FIXED_VISION, where)
-    size, patch = got["image_size"], got["patch_size"]
+    size = got["image_size"]
     got["image_size"] = tuple(size) if isinstance(size, list) else (size, size)
-    if isinstance(patch, list) and len(set(patch)) == 1:
-        got["patch_size"] = patch[0]
+    got["patch_size"] = _patch(got["patch_size"])
     return _checked(where, lambda: VisionConfig(*got.values()))
+
+
+def _naflex_vision(entries: Mapping[str, Any], where: object) -> NaflexVisionConfig:
+    got = _filled(entries, _NAFLEX_VISION, _FIXED_VISION, where)
+    patches = got.pop("num_patches")
+    side = math.isqrt(patches) if isinstance(patches, int) and patches > 0 else 0
+    if side**2 != patches or side == 0:
+        raise UserError(f"{where}: num_patches must be the square of a positive integer, got {patches!r}")
+    got["patch_size"] = _patch(got["patch_size"])
+    return _checked(where, lambda: NaflexVisionConfig(*got.values(), side=side))
+
+
+def _patch(side: Any) -> Any:
+    return side[0] if isinstance(side, list) and len(set(side)) == 1 else side
 
 
 def _text(entries: Mapping[str, Any], where: object) -> TextConfig:

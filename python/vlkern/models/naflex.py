@@ -27,7 +27,7 @@ from vlkern import _checks
 from vlkern.layers.init import lecun_normal_
 from vlkern.layers.linear import Linear
 from vlkern.layers.mlp import Mlp
-from vlkern.layers.packed import Attention, MapPooling
+from vlkern.layers.packed import Attention, MapPooling, check_heads
 from vlkern.layers.patches import Places, check_shapes, pack_pictures, places, resize_within
 from vlkern.models import resize
 from vlkern.models.siglip import SIZES, TextConfig, TextTower, TowerConfig, TwoTowers, unit
@@ -39,6 +39,10 @@ class NaflexVisionConfig(TowerConfig):
 
     patch: int
     side: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self.width, self.heads)
 
     @property
     def patches(self) -> int:

@@ -7,7 +7,7 @@ or the shapes of its tensors), then all of its tensors, once every name, shape a
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,16 @@ from torch import nn
 from vlkern._files import sync
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import siglip, state
+from vlkern.models import naflex, siglip, state
 
+Config = siglip.SiglipConfig | siglip.VisionConfig | naflex.NaflexConfig | naflex.NaflexVisionConfig
+#: configuration -> its model
+_MODELS: dict[type, Callable[[Any], nn.Module]] = {
+    siglip.SiglipConfig: siglip.Siglip,
+    siglip.VisionConfig: siglip.VisionTower,
+    naflex.NaflexConfig: naflex.Naflex,
+    naflex.NaflexVisionConfig: naflex.NaflexVisionTower,
+}
 _WEIGHTS, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -32,14 +40,15 @@ def load_pretrained(
     image_size: tuple[int, int] | int | None = None,
     patch: int | None = None,
     dtype: torch.dtype | None = None,
-    config: siglip.SiglipConfig | siglip.VisionConfig | None = None,
+    config: Config | None = None,
 ) -> nn.Module:
     """The model that a checkpoint holds, on the CPU.
 
     Args:
         source: a Hugging Face directory (config.json with model.safetensors, or several files with their index), or one
             file: safetensors with the names of transformers, open_clip or timm, or big_vision's .npz.
-        image_size: (H, W), or one number for both: resize the model for such pictures (`siglip.resized`).
+        image_size: (H, W), or one number for both: resize the model for such pictures (`siglip.resized`). NaFlex
+            models take pictures of any shape, and so neither this nor `patch`.
         patch: side of a patch to resize to.
         dtype: of the parameters; None keeps the file's. Parameters that stay as they are in a safetensors file are
             mapped: they take no memory until they are used, and training does not change the file.
@@ -47,12 +56,13 @@ def load_pretrained(
             that is no square.
 
     Returns:
-        Siglip, or VisionTower when the checkpoint holds an image tower alone (timm).
+        Siglip or Naflex, or VisionTower or NaflexVisionTower when the checkpoint holds an image tower alone.
 
     Raises:
         UserError: a ValueError: the checkpoint is missing, cut short, a pickle (which could run code), of another
             model, or its tensors do not fit: all that are missing, left over or of a wrong shape are listed.
-        ValueError: the image size is not positive or smaller than a patch, or dtype is no floating-point type.
+        ValueError: the image size is not positive or smaller than a patch, or given for a NaFlex model; dtype is no
+            floating-point type.
 
     Example:
         >>> model = vlkern.models.load_pretrained("siglip2-base-patch16-256", image_size=384)
@@ -80,22 +90,28 @@ def load_pretrained(
     except ValueError as error:  # sizes that no model can have
         raise UserError(f"{path}: {error}") from error
 
-    old = plan.config.vision if isinstance(plan.config, siglip.SiglipConfig) else plan.config
-    new = siglip.resized_config(old, old.image_size if image_size is None else image_size, patch)
+    c = plan.config
+    old = c.vision if isinstance(c, siglip.SiglipConfig | naflex.NaflexConfig) else c
+    new = old
+    if isinstance(old, siglip.VisionConfig):
+        new = siglip.resized_config(old, old.image_size if image_size is None else image_size, patch)
+    elif image_size is not None or patch is not None:
+        raise ValueError(f"image_size and patch must be None: {path} is a NaFlex model, for pictures of any shape")
     with shapes_only():
-        wanted = _build(plan.config).state_dict()
-        model = _build(_with_vision(plan.config, new))
+        wanted = _build(c).state_dict()
+        model = _build(new if c is old else replace(c, vision=new))  # type: ignore[arg-type]  # the kind it was
     tensors = state.collect(checkpoint, wanted, plan.sources, dtype, plan.root)
-    prefix = "vision_model." if isinstance(plan.config, siglip.SiglipConfig) else ""
-    siglip.resize_state(tensors, old, new, prefix=prefix)
+    if isinstance(old, siglip.VisionConfig) and isinstance(new, siglip.VisionConfig):
+        siglip.resize_state(tensors, old, new, prefix="" if c is old else "vision_model.")
     model.load_state_dict(tensors, assign=True)
     return model
 
 
 def save_pretrained(
-    model: siglip.Siglip, folder: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000
+    model: siglip.Siglip | naflex.Naflex, folder: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000
 ) -> None:
-    """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read.
+    """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read, or for a
+    NaFlex model its `Siglip2Model`.
 
     Everything is written under other names first and renamed when it is whole: killed at any moment, the folder holds
     the old model, the new one, or none that can be read; never a mixture. Other files stay.
@@ -106,7 +122,7 @@ def save_pretrained(
         max_shard_size: bytes; a larger model becomes several files and an index, named as at Hugging Face.
 
     Raises:
-        TypeError: `model` is no Siglip.
+        TypeError: `model` is no Siglip and no Naflex.
         ValueError: its parameters are on the meta device, or max_shard_size is not positive.
         UserError: the folder cannot be written, or the disk is full; what was there before is unchanged.
 
@@ -115,8 +131,8 @@ def save_pretrained(
     """
     from vlkern.interop.transformers import to_json
 
-    if not isinstance(model, siglip.Siglip):
-        raise TypeError(f"model must be a vlkern.models.siglip.Siglip, got {type(model).__name__}")
+    if not isinstance(model, siglip.Siglip | naflex.Naflex):
+        raise TypeError(f"model must be a vlkern.models.siglip.Siglip or .naflex.Naflex, got {type(model).__name__}")
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size must be a positive integer, got {max_shard_size!r}")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -183,14 +199,8 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def _build(c: siglip.SiglipConfig | siglip.VisionConfig) -> nn.Module:
-    return siglip.Siglip(c) if isinstance(c, siglip.SiglipConfig) else siglip.VisionTower(c)
-
-
-def _with_vision(
-    c: siglip.SiglipConfig | siglip.VisionConfig, vision: siglip.VisionConfig
-) -> siglip.SiglipConfig | siglip.VisionConfig:
-    return replace(c, vision=vision) if isinstance(c, siglip.SiglipConfig) else vision
+def _build(c: Config) -> nn.Module:
+    return _MODELS[type(c)](c)
 
 
 def _open(path: Path) -> state.Checkpoint:
@@ -230,7 +240,7 @@ def _files_of_index(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _config_beside(path: Path) -> siglip.SiglipConfig | siglip.VisionConfig | None:
+def _config_beside(path: Path) -> Config | None:
     """What the config.json of the directory says; None when there is none from Hugging Face."""
     file = (path if path.is_dir() else path.parent) / _CONFIG
     if not file.is_file():

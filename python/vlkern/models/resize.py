@@ -58,7 +58,8 @@ def positions_of(weight: torch.Tensor, side: int, at: Places) -> torch.Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     u, v = (_triangle(side, *axis, dtype) for axis in ((at.row, at.h), (at.column, at.w)))
     mix = (u[:, :, None] * v[:, None, :]).flatten(1)
-    with torch.autocast(weight.device.type, enabled=False):
+    device = "cpu" if weight.is_meta else weight.device.type  # there is no autocast on the meta device
+    with torch.autocast(device, enabled=False):
         return (mix @ weight.to(dtype)).to(weight.dtype)
 
 
