@@ -8,7 +8,10 @@ from vlkern.train import options
 from vlkern.train.ranks import join
 
 #: recipe -> (module with add_arguments(parser) and train(args, ranks), what it trains)
-RECIPES = {"siglip": ("vlkern.train.siglip", "two towers with the sigmoid loss")}
+RECIPES = {
+    "siglip": ("vlkern.train.siglip", "two towers with the sigmoid loss"),
+    "navit": ("vlkern.train.navit", "NaViT with the sigmoid loss, on pictures at their own aspect ratio"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ def _whole(low: int) -> Callable[[str], int]:
     return parse
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+def number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
     """For argparse: a finite number from `low` on (`above` it) and at most `high`."""
 
     def parse(value: str) -> float:
@@ -78,16 +78,16 @@ def add_learning(parser: argparse.ArgumentParser) -> None:
     )
     length.add_argument("--examples", type=_whole(1), metavar="N", help="or: pairs to see in all")
     learning.add_argument("--batch", type=_whole(1), metavar="B", help="pairs in an update, over all ranks (256)")
-    learning.add_argument("--lr", type=_number(0, above=True), metavar="RATE", help="peak learning rate (0.001)")
+    learning.add_argument("--lr", type=number(0, above=True), metavar="RATE", help="peak learning rate (0.001)")
     learning.add_argument(
         "--warmup", type=_whole(0), metavar="N", help="steps until the peak (a twentieth of them, at most 20000)"
     )
     learning.add_argument(
-        "--weight-decay", type=_number(0), metavar="X",
+        "--weight-decay", type=number(0), metavar="X",
         help="part of each matrix that a step takes away at the peak rate (0.0001)",
     )  # fmt: skip
-    learning.add_argument("--beta2", type=_number(0, 1 - 1e-9), metavar="X", help="of Adam (0.95)")
-    learning.add_argument("--clip", type=_number(0, above=True), metavar="X", help="largest norm of the gradient (1)")
+    learning.add_argument("--beta2", type=number(0, 1 - 1e-9), metavar="X", help="of Adam (0.95)")
+    learning.add_argument("--clip", type=number(0, above=True), metavar="X", help="largest norm of the gradient (1)")
     learning.add_argument(
         "--precision", choices=PRECISIONS, help="of the towers (bf16 where the machine is faster with it)"
     )
@@ -102,6 +102,6 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
     )
     tuning.add_argument("--lit", action="store_true", default=None, help="the same as --freeze image")
     tuning.add_argument(
-        "--layer-decay", type=_number(0, 1, above=True), metavar="X",
+        "--layer-decay", type=number(0, 1, above=True), metavar="X",
         help="multiply the rate by X for each block further from the loss (1)",
     )  # fmt: skip
