@@ -20,7 +20,7 @@ from torch import nn
 from vlkern._files import sync
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import naflex, siglip, state
+from vlkern.models import naflex, navit, navit_files, siglip, state
 
 Config = siglip.SiglipConfig | siglip.VisionConfig | naflex.NaflexConfig | naflex.NaflexVisionConfig
 #: configuration -> its model
@@ -56,7 +56,8 @@ def load_pretrained(
             that is no square.
 
     Returns:
-        Siglip or Naflex, or VisionTower or NaflexVisionTower when the checkpoint holds an image tower alone.
+        Siglip, Naflex, Navit or NavitClassifier; VisionTower or NaflexVisionTower when the checkpoint holds an image
+        tower alone.
 
     Raises:
         UserError: a ValueError: the checkpoint is missing, cut short, a pickle (which could run code), of another
@@ -74,6 +75,12 @@ def load_pretrained(
 
     path = Path(source)
     checkpoint = _open(path)
+    file = (path if path.is_dir() else path.parent) / _CONFIG
+    if file.is_file() and (entries := _read_json(file)).get("model_type") == navit_files.MODEL_TYPE:
+        for name, value in (("image_size", image_size), ("patch", patch), ("config", config)):
+            if value is not None:
+                raise ValueError(f"{name} must be None: {path} is a NaViT, for pictures of any shape")
+        return navit_files.load(checkpoint, entries, file, dtype)
     adapters: tuple[Any, ...] = (transformers, open_clip_names, timm, big_vision)
     adapter = next((a for a in adapters if a.knows(checkpoint.shapes)), None)
     if adapter is None:
@@ -108,10 +115,13 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: siglip.Siglip | naflex.Naflex, folder: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000
+    model: siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read, or for a
-    NaFlex model its `Siglip2Model`.
+    NaFlex model its `Siglip2Model`; a NaViT is read by `load_pretrained` alone.
 
     Everything is written under other names first and renamed when it is whole: killed at any moment, the folder holds
     the old model, the new one, or none that can be read; never a mixture. Other files stay.
@@ -122,7 +132,7 @@ def save_pretrained(
         max_shard_size: bytes; a larger model becomes several files and an index, named as at Hugging Face.
 
     Raises:
-        TypeError: `model` is no Siglip and no Naflex.
+        TypeError: `model` is none of these.
         ValueError: its parameters are on the meta device, or max_shard_size is not positive.
         UserError: the folder cannot be written, or the disk is full; what was there before is unchanged.
 
@@ -131,15 +141,18 @@ def save_pretrained(
     """
     from vlkern.interop.transformers import to_json
 
-    if not isinstance(model, siglip.Siglip | naflex.Naflex):
-        raise TypeError(f"model must be a vlkern.models.siglip.Siglip or .naflex.Naflex, got {type(model).__name__}")
+    if not isinstance(model, siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier):
+        raise TypeError(f"model must be a Siglip, Naflex, Navit or NavitClassifier, got {type(model).__name__}")
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size must be a positive integer, got {max_shard_size!r}")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("model must have data, got parameters on the meta device")
     shards = _shards(tensors, max_shard_size)
-    config = to_json(model.config, model.logit_scale.dtype)
+    if isinstance(model, siglip.Siglip | naflex.Naflex):
+        config = to_json(model.config, model.logit_scale.dtype)
+    else:
+        config = navit_files.to_json(model)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
