@@ -4,23 +4,27 @@ from pathlib import Path
 
 from vlkern.data.batches import batches
 from vlkern.data.images import decode_image, to_unit
+from vlkern.data.naflex import NaflexSize, naflex_batches
 from vlkern.data.native import Views, native_batches
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
 from vlkern.data.patches import PackedImages, PackedTexts, pack_images, pack_texts
 from vlkern.data.resolution import Resolutions
 from vlkern.data.shards import PairShards, find_shards
+from vlkern.data.slots import Sequences, sequences, texts_of
 from vlkern.data.text import ByteTokenizer, learn_merges
 from vlkern.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
     "ByteTokenizer",
     "DataError",
+    "NaflexSize",
     "PackedImages",
     "PackedTexts",
     "Pair",
     "PairShards",
     "Pairs",
     "Resolutions",
+    "Sequences",
     "Tokenizer",
     "Views",
     "batches",
@@ -31,10 +35,13 @@ __all__ = [
     "learn_merges",
     "load_pairs",
     "load_tokenizer",
+    "naflex_batches",
     "native_batches",
     "pack_images",
     "pack_texts",
     "read_pairs",
+    "sequences",
+    "texts_of",
     "to_unit",
 ]
 
