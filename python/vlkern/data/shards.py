@@ -99,7 +99,8 @@ class PairShards(Dataset[Pair]):
 
     Args:
         shards: tar files, folders of them, or patterns such as train-*.tar; see `find_shards`.
-        image_size: (H, W) in pixels, or the side of a square, to which pictures are squeezed.
+        image_size: (H, W) in pixels, or the side of a square, to which pictures are squeezed; or what gives the (H, W)
+            of a picture of H x W pixels, such as `NaflexSize`.
         bad_limit: how many lines `skipped` may have, over all shards, before that is an error.
         caption_key: where the captions are in the .json: `names.de`, or `names` for all languages there.
         resample: as in `decode_image`.
@@ -117,14 +118,14 @@ class PairShards(Dataset[Pair]):
     def __init__(
         self,
         shards: str | Path | Sequence[str | Path],
-        image_size: int | tuple[int, int],
+        image_size: Size,
         *,
         bad_limit: int = 10,
         caption_key: str | None = None,
         resample: str = "bilinear",
     ) -> None:
         check_resample(resample)
-        self.image_size = check_size(image_size)
+        self.image_size = image_size if callable(image_size) else check_size(image_size)
         self.paths = find_shards(shards)
         self.bad_limit, self.caption_key, self.resample = bad_limit, caption_key, resample
         self._left_out: list[str] = []

@@ -24,13 +24,13 @@ import torch
 from torch import nn
 
 from vlkern import _checks
-from vlkern.layers.init import lecun_normal_
+from vlkern.layers.init import lecun_normal_, shapes_only
 from vlkern.layers.linear import Linear
 from vlkern.layers.mlp import Mlp
 from vlkern.layers.packed import Attention, MapPooling, check_heads
 from vlkern.layers.patches import Places, check_shapes, pack_pictures, places, resize_within
 from vlkern.models import resize
-from vlkern.models.siglip import SIZES, TextConfig, TextTower, TowerConfig, TwoTowers, unit
+from vlkern.models.siglip import SIZES, Siglip, TextConfig, TextTower, TowerConfig, TwoTowers, unit
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,35 @@ class Naflex(TwoTowers):
             >>> loss = vlkern.ops.sigmoid_contrastive_loss(image, text, model.logit_scale.exp(), model.logit_bias)
         """
         return self.encode_image(patches, shapes), self.encode_text(ids)
+
+
+def from_siglip(model: Siglip) -> Naflex:
+    """A fixed-resolution SigLIP as a NaFlex model that gives the same for pictures of its size.
+
+    The convolution that cuts patches becomes a linear map; positions of a grid that is no square are interpolated on
+    one with as many rows as its longer side. Shares no memory with `model`. SigLIP 2 NaFlex begins with such a model,
+    after nine tenths of its training.
+
+    Args:
+        model: with heads of a multiple of 8 channels up to 256.
+
+    Raises:
+        ValueError: its heads have other sizes.
+
+    Example:
+        >>> flexible = vlkern.models.naflex.from_siglip(vlkern.models.create("siglip-tiny"))
+    """
+    c, v = model.config, model.config.vision
+    side = max(v.grid)
+    vision = NaflexVisionConfig(v.width, v.depth, v.heads, v.mlp, patch=v.patch, side=side)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    conv, table = (f"vision_model.embeddings.{part}_embedding.weight" for part in ("patch", "position"))
+    state[conv] = state[conv].permute(0, 2, 3, 1).flatten(1)
+    state[table] = resize.positions(state[table], v.grid, (side, side))
+    with shapes_only():
+        flexible = Naflex(NaflexConfig(vision, c.text))
+    flexible.load_state_dict(state, assign=True)
+    return flexible.train(model.training)
 
 
 def _pixels(index: int, picture: Any) -> torch.Tensor:

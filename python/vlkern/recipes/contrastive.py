@@ -38,14 +38,17 @@ class Recipe:
 class Objective(nn.Module):
     """The sigmoid loss of a two-tower model; over several ranks with `group`, as docs/distributed.md says."""
 
-    def __init__(self, model: Siglip, group: Any = None) -> None:
+    def __init__(self, model: Any, group: Any = None) -> None:
         super().__init__()
         self.model, self._group = model, group
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[b, 3, H, W] in [-1, 1] and [b, L] of this rank -> its loss [], from float32 embeddings even in autocast."""
-        image, text = self.model(pixels, ids)
-        with torch.autocast(pixels.device.type, enabled=False):
+    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
+        """What the model takes, of this rank -> its loss [], from float32 embeddings even in autocast.
+
+        For Siglip pixels [b, 3, H, W] in [-1, 1] and ids [b, L]; for Naflex patches, shapes and ids.
+        """
+        image, text = self.model(*batch)
+        with torch.autocast(image.device.type, enabled=False):
             scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
             return ops.sigmoid_contrastive_loss(image, text, scale, bias, group=self._group)
 

@@ -43,7 +43,7 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Callab
     return parse
 
 
-image_side = _whole(1)
+positive = _whole(1)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
