@@ -129,7 +129,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., C] -> [..., C]."""
-        return ops.rms_norm(x, self.weight, 1e-6)
+        return ops.rms_norm(x, self.weight, eps=1e-6)
 
 
 class Attention(nn.Module):
