@@ -77,7 +77,7 @@ def grid(height: int, width: int, resolution: float, patch: int, *, longest: int
 
     With N = (resolution / patch)^2 the short side gets the rounded number of patches, the long side the rounded number
     or as many as keep rows * columns <= max(N, 1). So a sequence of N tokens holds any picture, and a side changes by
-    half a patch or what that limit takes.
+    half a patch or what that limit takes. A square stays one.
 
     Args:
         height: of the picture, in pixels.
@@ -104,6 +104,7 @@ def grid(height: int, width: int, resolution: float, patch: int, *, longest: int
     # A square of exactly R pixels must not lose a row to rounding: 1e-9 of a patch is no pixel.
     short = min(short, math.floor(math.sqrt(area) + 1e-9))
     long = max(short, min(math.floor(math.sqrt(area / aspect) + 0.5), math.floor(area / short + 1e-9)))
+    long = short if height == width else long
     if longest is not None:
         short, long = min(short, longest), min(long, longest)
     return (short, long) if height <= width else (long, short)
