@@ -52,10 +52,13 @@ def test_grid_never_exceeds_its_area_and_keeps_the_aspect_ratio(height, width, r
     assert grid(width, height, resolution, patch) == (columns, rows)
     assert (rows <= columns) if height <= width else (columns <= rows)
     ideal = math.sqrt(area * min(height, width) / max(height, width))
-    if ideal >= 1.5:
-        assert abs(min(rows, columns) - ideal) <= 0.5 + 1e-6
-        # What rounding the short side up takes away from the long side, and at most one patch beyond.
-        assert max(rows, columns) >= area / (ideal + 0.5) - 1.001
+    short, long = sorted((rows, columns))
+    assert abs(short - max(ideal, 1)) <= 0.5 + 1e-6 or short == math.floor(math.sqrt(area) + 1e-9)
+    if height == width:
+        assert short == long
+    elif ideal >= 1.5:
+        # What rounding the short side up takes away from the long side, and less than a patch beyond.
+        assert long >= area / (ideal + 0.5) - 1.001
 
 
 @pytest.mark.parametrize("side", [16, 64, 224, 256, 512])
