@@ -127,22 +127,25 @@ VLKERN_INLINE float sum_of(int64_t n, F term) {
   return sum;
 }
 
-// exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, a minimax polynomial for
-// e^r, and 2^n by exponent bits. Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not
-// subnormal.
+// e^r for |r| <= ln2 / 2, relative error under 2e-7: a minimax polynomial, for float or a vector of them.
+template <class F>
+VLKERN_INLINE F exp_polynomial(F r) {
+  F p = 0.00138368352f * r + 0.00837482405f;
+  p = p * r + 0.0416682262f;
+  p = p * r + 0.166664201f;
+  p = p * r + 0.499999921f;
+  p = p * r + 1.00000004f;
+  return p * r + 1.0f;
+}
+
+// exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, e^r, and 2^n by exponent bits.
+// Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not subnormal.
 VLKERN_INLINE float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;  // this way round NaN stays NaN
   float n = (x * 1.44269504f + 12582912.0f) -
             12582912.0f;  // to the nearest integer: 1.5 * 2^23 shifts the fraction out
   float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln2 in two parts
-  float p = 0.00138368352f;
-  p = p * r + 0.00837482405f;
-  p = p * r + 0.0416682262f;
-  p = p * r + 0.166664201f;
-  p = p * r + 0.499999921f;
-  p = p * r + 1.00000004f;
-  p = p * r + 1.0f;
-  return p * std::bit_cast<float>(uint32_t(int32_t(n) + 127) << 23);
+  return exp_polynomial(r) * std::bit_cast<float>(uint32_t(int32_t(n) + 127) << 23);
 }
 
 // log(1 + x) for 0 <= x <= 1, relative error under 2e-7: x times a minimax polynomial for log(1 + x) / x.

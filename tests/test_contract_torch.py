@@ -95,7 +95,7 @@ def test_one_graph_serves_many_sizes(op, backend):
     """Ranks, strides and the sizes 0 and 1 each cost a graph; other sizes do not."""
     graphs = Graphs()
     compiled = torch.compile(public(op), fullgraph=True, dynamic=True, backend=graphs.compile)
-    with chosen(op, backend):
+    with chosen(op, backend), torch._dynamo.config.patch(recompile_limit=2 * len(light(op))):
         for sample in light(op):
             args, kwargs = case(op, backend, sample=sample)
             assert_same_run(differentiate(compiled, args, kwargs), differentiate(public(op), args, kwargs))

@@ -57,7 +57,7 @@ _op = Op(
         " Tensor lse, Tensor start, Tensor stop, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
     },
     reference=reference,
-    backends=(),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
 )

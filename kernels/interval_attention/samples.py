@@ -98,3 +98,30 @@ def work(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor,
         "flops": max(2 * (q.shape[2] + v.shape[2]) * pairs, q.numel()),
         "bytes": q.nbytes + k.nbytes + v.nbytes + out,
     }
+
+
+def magnitudes(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """For each gradient the sum of |terms|, to which rounding errors are proportional: dp - delta cancels."""
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    g, q, k, v = (t.double() for t in (grad, q, k, v))
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    q, g = q.unflatten(1, groups), g.unflatten(1, groups)
+    s = torch.einsum("qhgd,khd->hgqk", q, k) * scale
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    j = torch.arange(k.shape[0], device=q.device)
+    visible = (j >= start[:, None]) & (j < stop[:, None])
+    p = torch.softmax(s.masked_fill(~visible, -torch.inf), -1).nan_to_num(0.0)
+    dp = torch.einsum("qhgd,khd->hgqk", g.abs(), v.abs())
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
+    dq = torch.einsum("hgqk,khd->qhgd", ds, k.abs()).flatten(1, 2)
+    return dq, torch.einsum("hgqk,qhgd->khd", ds, q.abs()), torch.einsum("hgqk,qhgd->khd", p, g.abs())

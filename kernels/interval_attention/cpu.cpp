@@ -1,0 +1,243 @@
+// Interval attention on the CPU: checks, cuts, threads. The arithmetic is in cpu_kernel.inc, compiled for each
+// instruction set.
+#include <cmath>
+
+#include "arena.h"
+#include "cpu_problem.h"
+#include "simd.h"
+
+#define VLKERN_LANES 8
+namespace vlkern::portable {
+#include "vector.inc"
+// after vector.inc
+#include "cpu_kernel.inc"
+}  // namespace vlkern::portable
+#undef VLKERN_LANES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define VLKERN_LEVELS 1
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define VLKERN_LANES 8
+namespace vlkern::avx2 {
+#include "vector.inc"
+// after vector.inc
+#include "cpu_kernel.inc"
+}  // namespace vlkern::avx2
+#undef VLKERN_LANES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+#define VLKERN_LANES 16
+namespace vlkern::avx512 {
+#include "vector.inc"
+// after vector.inc
+#include "cpu_kernel.inc"
+}  // namespace vlkern::avx512
+#undef VLKERN_LANES
+#pragma GCC pop_options
+#endif
+
+namespace vlkern {
+namespace {
+
+using namespace attention;
+
+struct Portable {
+  static constexpr int64_t kRows = portable::kBlockRows;
+  template <class T>
+  using ForwardWorker = portable::ForwardWorker<T>;
+  template <class T>
+  using BackwardWorker = portable::BackwardWorker<T>;
+};
+
+#ifdef VLKERN_LEVELS
+struct Avx2 {
+  static constexpr int64_t kRows = avx2::kBlockRows;
+  template <class T>
+  using ForwardWorker = avx2::ForwardWorker<T>;
+  template <class T>
+  using BackwardWorker = avx2::BackwardWorker<T>;
+};
+struct Avx512 {
+  static constexpr int64_t kRows = avx512::kBlockRows;
+  template <class T>
+  using ForwardWorker = avx512::ForwardWorker<T>;
+  template <class T>
+  using BackwardWorker = avx512::BackwardWorker<T>;
+};
+#endif
+
+// Calls f with the kernels of the best instruction set that this CPU has.
+template <class F>
+void with_kernels(F&& f) {
+#ifdef VLKERN_LEVELS
+  if (__builtin_cpu_supports("x86-64-v4")) return f.template operator()<Avx512>();
+  if (__builtin_cpu_supports("x86-64-v3")) return f.template operator()<Avx2>();
+#endif
+  f.template operator()<Portable>();
+}
+
+// The kernels stride over tokens and heads, so that parts of a fused projection are read in place.
+Tensor unit_columns(const Tensor& x) {
+  return x.size(2) == 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+}
+
+template <class T>
+Heads<const T> heads(const Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.size(2)};
+}
+template <class T>
+Heads<T> mutable_heads(Tensor& x) {
+  return {x.mutable_data_ptr<T>(), x.stride(0), x.stride(1), x.size(2)};
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& start, const Tensor& stop) {
+  VLKERN_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v must be [tokens, heads, head dim]");
+  VLKERN_CHECK(q.size(2) == k.size(2) && q.size(2) % 8 == 0 && v.size(2) % 8 == 0,
+               "head dims must be multiples of 8, those of q and k equal");
+  VLKERN_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+               "k and v must have as many tokens and heads, q a multiple of the heads");
+  VLKERN_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+               "q, k and v must have one dtype");
+  for (const Tensor* t : {&start, &stop})
+    VLKERN_CHECK(t->dim() == 1 && t->size(0) == q.size(0) && t->scalar_type() == ScalarType::Int,
+                 "start and stop must be int32 [Nq]");
+}
+
+Bounds bounds_of(const Tensor& q, const Tensor& k, const Tensor& start, const Tensor& stop) {
+  Tensor from = torch::stable::contiguous(start), to = torch::stable::contiguous(stop);
+  return {from.const_data_ptr<int32_t>(), to.const_data_ptr<int32_t>(), q.size(0), k.size(0)};
+}
+
+template <class T>
+Inputs<T> inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Bounds& b, double scale,
+                 std::optional<double> softcap) {
+  return {heads<T>(q), heads<T>(k), heads<T>(v), b, q.size(1), q.size(1) / k.size(1), float(scale),
+          float(softcap.value_or(0))};
+}
+
+template <class Kernels, class T>
+void run_forward(const Forward<T>& c) {
+  std::vector<Segment> parts = blocks(segments(c.bounds), Kernels::kRows);
+  const int64_t count = parts.size();
+  share(count * c.query_heads, [&] {  // neighbours in a head share keys
+    return [&, worker = typename Kernels::template ForwardWorker<T>(c)](int64_t task) mutable {
+      worker.block(parts[task % count], task / count);
+    };
+  });
+}
+
+std::tuple<Tensor, Tensor> interval_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& start,
+                                              const Tensor& stop, double scale, std::optional<double> softcap) {
+  check(q_, k_, v_, start, stop);
+  Tensor q = unit_columns(q_), k = unit_columns(k_), v = unit_columns(v_);
+  const Bounds bounds = bounds_of(q, k, start, stop);
+  const int64_t rows = q.size(0), query_heads = q.size(1);
+  Tensor out = empty(q, {rows, query_heads, v.size(2)}, q.scalar_type()),
+         lse = empty(q, {rows, query_heads}, ScalarType::Float);
+  dispatch(q.scalar_type(), [&]<class T>() {
+    Forward<T> c{inputs<T>(q, k, v, bounds, scale, softcap), mutable_heads<T>(out), lse.mutable_data_ptr<float>()};
+    for (int64_t i = 0; i < rows; ++i) {
+      if (!bounds.empty(i)) continue;
+      std::fill_n(c.out.at(i, 0), query_heads * v.size(2), T(0.0f));
+      std::fill_n(c.lse + i * query_heads, query_heads, -INFINITY);
+    }
+    with_kernels([&]<class Kernels>() { run_forward<Kernels>(c); });
+  });
+  return {out, lse};
+}
+
+// delta = grad . out - grad_lse, the mean slope that the softmax subtracts.
+template <class T>
+std::vector<float> mean_slopes(const Tensor& grad, const Tensor& out, const std::optional<Tensor>& grad_lse) {
+  const int64_t rows = grad.size(0), n = grad.size(1);
+  std::vector<float> delta(rows * n);
+  Heads<const T> g = heads<T>(grad), o = heads<T>(out);
+  std::optional<Tensor> dense = grad_lse ? std::optional(torch::stable::contiguous(*grad_lse)) : std::nullopt;
+  const float* l = dense ? dense->template const_data_ptr<float>() : nullptr;
+  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t h = 0; h < n; ++h) {
+        const T *a = g.at(i, h), *b = o.at(i, h);
+        float sum = sum_of(g.width, [&](int64_t j) { return to_float(a[j]) * to_float(b[j]); });
+        delta[i * n + h] = l ? sum - l[i * n + h] : sum;
+      }
+  });
+  return delta;
+}
+
+// out = part[0] + part[1] + ..., `stride` apart: the gradients of the query heads that share a key head.
+template <class T>
+VLKERN_SIMD void add_and_round(float* part, int64_t parts, int64_t stride, T* out, int64_t n) {
+  for (int64_t p = 1; p < parts; ++p)
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) part[j] += part[p * stride + j];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = from_float<T>(part[j]);
+}
+
+// A task is a family of documents and one query head. It owns its dq; dk and dv are summed up in float, and rounded
+// when all query heads of a group are done.
+template <class Kernels, class T>
+void run_backward(const Backward<T>& c, Tensor& dk_, Tensor& dv_) {
+  const int64_t d = c.q.width, dv = c.v.width, keys = dk_.size(0), count = c.query_heads;
+  std::vector<Family> found = families(segments(c.bounds));
+  std::stable_sort(found.begin(), found.end(), [](const Family& a, const Family& b) { return a.work() > b.work(); });
+  Tensor sums = empty(dk_, {count, keys * (d + dv)}, ScalarType::Float);
+  auto sums_of = [&](int64_t head, const Family& f) {
+    float* base = sums.mutable_data_ptr<float>() + head * keys * (d + dv);
+    return std::pair(base + f.lo * d, base + keys * d + f.lo * dv);
+  };
+  share(int64_t(found.size()) * count, [&] {
+    return [&, worker = typename Kernels::template BackwardWorker<T>(c)](int64_t task) mutable {
+      const Family& f = found[task / count];
+      auto [dk, dvs] = sums_of(task % count, f);
+      std::fill_n(dk, (f.hi - f.lo) * d, 0.0f);
+      std::fill_n(dvs, (f.hi - f.lo) * dv, 0.0f);
+      worker.family(f, task % count, dk, dvs);
+    };
+  });
+  Heads<T> dk_out = mutable_heads<T>(dk_), dv_out = mutable_heads<T>(dv_);
+  const int64_t key_heads = count / c.group, stride = keys * (d + dv);
+  share(int64_t(found.size()) * key_heads, [&] {
+    return [&](int64_t task) {
+      const Family& f = found[task / key_heads];
+      const int64_t head = task % key_heads;
+      auto [dk, dvs] = sums_of(head * c.group, f);
+      for (int64_t j = 0; j < f.hi - f.lo; ++j) {
+        add_and_round(dk + j * d, c.group, stride, dk_out.at(f.lo + j, head), d);
+        add_and_round(dvs + j * dv, c.group, stride, dv_out.at(f.lo + j, head), dv);
+      }
+    };
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> interval_attention_backward(
+    const Tensor& grad_, const std::optional<Tensor>& grad_lse, const Tensor& q_, const Tensor& k_, const Tensor& v_,
+    const Tensor& out_, const Tensor& lse_, const Tensor& start, const Tensor& stop, double scale,
+    std::optional<double> softcap) {
+  check(q_, k_, v_, start, stop);
+  Tensor q = unit_columns(q_), k = unit_columns(k_), v = unit_columns(v_), grad = unit_columns(grad_),
+         out = unit_columns(out_), lse = torch::stable::contiguous(lse_);
+  const Bounds bounds = bounds_of(q, k, start, stop);
+  Tensor dq = zeros(q, shape_of(q), q.scalar_type()), dk = zeros(k, shape_of(k), k.scalar_type()),
+         dv = zeros(v, shape_of(v), v.scalar_type());
+  dispatch(q.scalar_type(), [&]<class T>() {
+    std::vector<float> delta = mean_slopes<T>(grad, out, grad_lse);
+    Backward<T> c{inputs<T>(q, k, v, bounds, scale, softcap), heads<T>(grad), lse.const_data_ptr<float>(),
+                  delta.data(), mutable_heads<T>(dq)};
+    with_kernels([&]<class Kernels>() { run_backward<Kernels>(c, dk, dv); });
+  });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vlkern, CPU, m) {
+  m.impl("interval_attention.cpu", TORCH_BOX(&interval_attention));
+  m.impl("interval_attention_backward.cpu", TORCH_BOX(&interval_attention_backward));
+}
+
+}  // namespace vlkern
