@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 
 from vlkern import data, info, models
+from vlkern.data.images import Size
 from vlkern.errors import UserError
 from vlkern.evaluation.pictures import Pictures
+from vlkern.layers.patches import pack_pictures
+from vlkern.models.naflex import Naflex
 from vlkern.models.siglip import Siglip
 
 #: Batches that are read ahead while the model works.
@@ -43,38 +46,45 @@ class Encoder:
     """Embeds pictures and texts with the two towers of a model, in evaluation mode and without gradients.
 
     Args:
-        model: any SigLIP; it is put into evaluation mode and onto `device`.
+        model: any SigLIP, NaFlex or not; it is put into evaluation mode and onto `device`.
         tokenizer: the one it was trained with.
         device: "cpu", "cuda" or such.
         bfloat16: run the towers in bfloat16 (autocast). Embeddings are float32 either way.
         resample: how pictures are squeezed to the model's size, as in `vlkern.data.decode_image`.
         batch: how many pictures or texts are embedded at once.
+        max_patches: the most patches of a picture for a NaFlex model; None is as many as it has positions.
 
     Raises:
-        ValueError: the tokenizer has ids that the model does not know, or texts of another length.
+        ValueError: the tokenizer has ids that the model does not know, or texts of another length; max_patches is below
+            1, or given for a model of a fixed size.
     """
 
     def __init__(
         self,
-        model: Siglip,
+        model: Siglip | Naflex,
         tokenizer: data.Tokenizer,
         *,
         device: str = "cpu",
         bfloat16: bool = False,
         resample: str = "bilinear",
         batch: int = 64,
+        max_patches: int | None = None,
     ) -> None:
         data.check_vocabulary(tokenizer, model.config.text.vocabulary)
         if tokenizer.length != model.config.text.length:
             raise ValueError(f"the tokenizer must give {model.config.text.length} ids a text, got {tokenizer.length}")
+        #: (H, W) of the pictures that the model takes, or what gives it for a picture of H x W pixels
+        self.image_size: Size
+        if isinstance(model, Naflex):
+            vision = model.config.vision
+            self.image_size = data.NaflexSize(vision.patch, vision.patches if max_patches is None else max_patches)
+        elif max_patches is not None:
+            raise ValueError(f"max_patches must be None for a model of a fixed size, got {max_patches}")
+        else:
+            self.image_size = model.config.vision.image_size
         self.model = model.to(device).eval()
         self.tokenizer, self.device, self.bfloat16 = tokenizer, torch.device(device), bfloat16
         self.resample, self.batch = resample, batch
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) of the pictures that the model takes."""
-        return self.model.config.vision.image_size
 
     @property
     def width(self) -> int:
@@ -83,16 +93,27 @@ class Encoder:
 
     def __str__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        height, width = self.image_size
+        size = self.image_size
+        pixels = (
+            f"up to {size.max_patches} patches of {size.patch} x {size.patch} pixels"
+            if isinstance(size, data.NaflexSize)
+            else "{} x {} pixels".format(*self.model.config.vision.image_size)
+        )
         number = f"{parameters:.1f}" if parameters < 100 else f"{parameters:.0f}"
         precision = "bfloat16" if self.bfloat16 else "float32"
-        return f"{number} M parameters, {height} x {width} pixels, {precision}, {self.device}"
+        return f"{number} M parameters, {pixels}, {precision}, {self.device}"
 
     @torch.no_grad()
-    def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[B, 3, H, W] uint8 -> [B, E] float32 of length 1, on the CPU."""
+    def images(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        """B pictures [3, H, W] uint8 of the sizes that `image_size` gives -> [B, E] float32 of length 1, on the CPU."""
+        batch: tuple[torch.Tensor, ...]
+        if isinstance(self.model, Naflex):
+            batch = pack_pictures(pictures, self.model.config.vision.patch)
+        else:
+            batch = (torch.stack(list(pictures)),)
+        pixels, *shapes = (part.to(self.device) for part in batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            return self.model.encode_image(data.to_unit(pixels.to(self.device))).float().cpu()
+            return self.model.encode_image(data.to_unit(pixels), *shapes).float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], *, show: Callable[[int], None] = lambda done: None) -> torch.Tensor:
@@ -127,7 +148,7 @@ class Encoder:
             skipped += [f"{pictures.name(i)}: {found}" for i, found in batch if isinstance(found, str)]
             if good:
                 kept += [i for i, _ in good]
-                vectors.append(self.images(torch.stack([pixels for _, pixels in good])))
+                vectors.append(self.images([pixels for _, pixels in good]))
             done += len(batch)
             show(done)
         return Embedded(torch.cat(vectors), torch.tensor(kept, dtype=torch.int64), skipped)
@@ -139,7 +160,8 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """16 letters that stand for all that makes embeddings of pictures: other weights or settings, other letters."""
-        digest = hashlib.sha256(f"{self.model.config.vision} {self.resample} {self.bfloat16}".encode())
+        size = self.image_size if isinstance(self.model, Naflex) else ""  # elsewhere it is in the configuration
+        digest = hashlib.sha256(f"{self.model.config.vision} {size}{self.resample} {self.bfloat16}".encode())
         for name, tensor in self.model.vision_model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -179,6 +201,7 @@ def load_encoder(
     device: str | None = None,
     bfloat16: bool | None = None,
     batch: int = 64,
+    max_patches: int | None = None,
 ) -> Encoder:
     """An encoder from what `vlkern train siglip` wrote in RUN/model, or from a Hugging Face directory.
 
@@ -189,6 +212,7 @@ def load_encoder(
         device: default: the GPU if there is one.
         bfloat16: default: where that is faster.
         batch: how many pictures or texts are embedded at once.
+        max_patches: as in Encoder.
 
     Raises:
         UserError: there is nothing, no SigLIP in it, no tokenizer, or one that does not fit.
@@ -203,8 +227,10 @@ def load_encoder(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available ({next(iter(str(error).splitlines()), '')})") from error
     model = models.load_pretrained(path, dtype=torch.float32)
-    if not isinstance(model, Siglip):
+    if not isinstance(model, Siglip | Naflex):
         raise UserError(f"--model {folder}: expected a SigLIP, got a {type(model).__name__}")
+    if max_patches is not None and isinstance(model, Siglip):
+        raise UserError(f"--max-patches {max_patches}: only for NaFlex models, {folder} takes pictures of one size")
     try:
         words = data.load_tokenizer(tokenizer or beside, model.config.text.length)
     except data.DataError as error:
@@ -216,4 +242,5 @@ def load_encoder(
         bfloat16=info.fast_bfloat16(device) if bfloat16 is None else bfloat16,
         resample=_resample(beside),
         batch=batch,
+        max_patches=max_patches,
     )

@@ -27,6 +27,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda if there is a GPU)")
     add("--precision", choices=("bf16", "fp32"), help="of the towers (default: bf16 where that is faster)")
+    add(
+        "--max-patches", type=whole, metavar="N",
+        help="most patches of a picture, for NaFlex models (default: as many as the model has positions)",
+    )  # fmt: skip
     add("--batch", type=whole, default=64, metavar="N", help="pictures or texts embedded at once (default: 64)")
 
 
@@ -34,7 +38,8 @@ def encoder_of(args: argparse.Namespace) -> Encoder:
     """What these options ask for."""
     bfloat16 = None if args.precision is None else args.precision == "bf16"
     encoder = load_encoder(
-        args.model, tokenizer=args.tokenizer, device=args.device, bfloat16=bfloat16, batch=args.batch
-    )
+        args.model, tokenizer=args.tokenizer, device=args.device, bfloat16=bfloat16, batch=args.batch,
+        max_patches=args.max_patches,
+    )  # fmt: skip
     say("model", f"{args.model}: {encoder}")
     return encoder

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from vlkern.data import DataError, PairShards, decode_image
-from vlkern.data.images import check_size
+from vlkern.data.images import Size, check_size
 from vlkern.data.pairs import IMAGES
 from vlkern.errors import UserError
 
@@ -61,9 +61,9 @@ class FolderPictures:
         UserError: no such folder, or no picture in it.
     """
 
-    def __init__(self, folder: str | Path, image_size: int | tuple[int, int], *, resample: str = "bilinear") -> None:
+    def __init__(self, folder: str | Path, image_size: Size, *, resample: str = "bilinear") -> None:
         self.folder, self.place = Path(folder), str(folder)
-        self._size, self._resample = check_size(image_size), resample
+        self._size, self._resample = image_size if callable(image_size) else check_size(image_size), resample
         if not self.folder.is_dir():
             raise UserError(f"--images {folder}: {'not a folder' if self.folder.exists() else 'no such folder'}")
         self.paths = list(_walk(self.folder))
@@ -160,7 +160,7 @@ def require_some(pictures: Pictures, kept: int, skipped: list[str]) -> None:
 def open_pictures(
     images: Path | None,
     data: list[Path] | None,
-    image_size: tuple[int, int],
+    image_size: Size,
     *,
     resample: str,
     caption_key: str | None = None,
