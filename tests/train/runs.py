@@ -15,12 +15,18 @@ import safetensors.torch
 import shards
 import torch
 
+from vlkern.models import navit
 from vlkern.models.siglip import SiglipConfig, TextConfig, VisionConfig
 
 #: What the server imports before it forks.
-_PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "vlkern.train.siglip", "vlkern.train.cli"]
+_PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "vlkern.train.siglip", "vlkern.train.navit", "vlkern.train.cli"]
 #: The preset "test".
 CONFIG = SiglipConfig(VisionConfig(24, 2, 2, 48, (16, 16), 8), TextConfig(16, 1, 2, 32, 300, 8))
+#: The preset "navit-test".
+NAVIT = navit.NavitConfig(
+    navit.VisionConfig(width=24, depth=2, heads=3, mlp=48, patch=4, grid=8),
+    navit.TextConfig(width=16, depth=1, heads=2, mlp=32, vocabulary=300, length=8),
+)
 #: Where a rank can be made to kill itself: calls that make files durable or visible.
 _EVENTS = ("fsync", "rename", "replace", "rmdir")
 
@@ -54,6 +60,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
     from vlkern.models.siglip import PRESETS
 
     PRESETS["test"] = CONFIG
+    navit.PRESETS["navit-test"] = NAVIT
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
