@@ -115,13 +115,14 @@ def pack(lengths: Sequence[int] | npt.ArrayLike, capacity: int, *, method: str =
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    capacity = _capacity(capacity)
+    capacity = checked_capacity(capacity)
     checked = _lengths(lengths, capacity)
     bin, offset, bins = getattr(host(), method)(checked, capacity)
     return Packing(checked, capacity, bin, offset, bins)
 
 
-def _capacity(value: Any) -> int:
+def checked_capacity(value: Any) -> int:
+    """Tokens of a bin: an integer from 1 to 2^31 - 1, or TypeError, ValueError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"capacity must be an integer, got {type(value).__name__}")
     capacity = index(value)
