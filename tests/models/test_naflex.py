@@ -12,10 +12,10 @@ from peers import load, randomize, transformers_config
 import vlkern
 from vlkern import models
 from vlkern.interop import big_vision
-from vlkern.layers.patches import from_padded, places, to_padded
+from vlkern.layers.patches import from_padded, pack_pictures, places, to_padded
 from vlkern.models import resize
-from vlkern.models.naflex import PRESETS, Naflex, NaflexConfig, NaflexVisionConfig, NaflexVisionTower
-from vlkern.models.siglip import TextConfig
+from vlkern.models.naflex import PRESETS, Naflex, NaflexConfig, NaflexVisionConfig, NaflexVisionTower, from_siglip
+from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, VisionConfig
 
 CONFIGS = {
     "small": NaflexConfig(NaflexVisionConfig(16, 2, 2, 32, patch=2, side=4), TextConfig(16, 2, 2, 32, 30, 7)),
@@ -329,3 +329,30 @@ def test_sizes_that_no_model_has():
         NaflexVisionConfig(16, 1, 2, 32, patch=2, side=0)
     with pytest.raises(ValueError, match="multiple of 8 up to 256, got 3 heads of width 39"):
         NaflexVisionConfig(39, 1, 3, 32, patch=2, side=4)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 8)])
+def test_a_model_of_fixed_size_gives_the_same(size):
+    torch.manual_seed(0)
+    fixed = randomize(Siglip(SiglipConfig(VisionConfig(16, 2, 2, 32, size, 4), TextConfig(16, 2, 2, 32, 30, 7))))
+    flexible = from_siglip(fixed)
+    side = max(fixed.config.vision.grid)
+    assert flexible.config.vision == NaflexVisionConfig(16, 2, 2, 32, patch=4, side=side)
+    assert not flexible.training and flexible.train().training
+    pixels, ids = torch.rand(3, 3, *size) * 2 - 1, torch.randint(30, (3, 7))
+    with torch.no_grad():
+        want = fixed(pixels, ids)
+        got = flexible(*pack_pictures(list(pixels), 4), ids)
+    torch.testing.assert_close(got[1], want[1])
+    if size[0] == size[1]:
+        torch.testing.assert_close(got[0], want[0])
+    else:  # positions were interpolated to a square grid, and back
+        assert F.cosine_similarity(got[0], want[0]).min() > 0.5
+    flexible.vision_model.head.probe.data.zero_()
+    assert fixed.vision_model.head.probe.any()
+
+
+def test_a_model_with_other_heads_stays_fixed():
+    fixed = Siglip(SiglipConfig(VisionConfig(39, 1, 3, 32, (8, 8), 4), TextConfig(16, 1, 2, 32, 30, 7)))
+    with pytest.raises(ValueError, match="multiple of 8 up to 256, got 3 heads of width 39"):
+        from_siglip(fixed)
