@@ -5,7 +5,7 @@ from pathlib import Path
 from vlkern.data.batches import batches
 from vlkern.data.images import decode_image, to_unit
 from vlkern.data.naflex import NaflexSize, naflex_batches
-from vlkern.data.native import Views, native_batches
+from vlkern.data.native import NavitSize, Views, native_batches
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
 from vlkern.data.patches import PackedImages, PackedTexts, pack_images, pack_texts
 from vlkern.data.resolution import Resolutions
@@ -18,6 +18,7 @@ __all__ = [
     "ByteTokenizer",
     "DataError",
     "NaflexSize",
+    "NavitSize",
     "PackedImages",
     "PackedTexts",
     "Pair",

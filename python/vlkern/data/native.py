@@ -1,5 +1,6 @@
 """Packed batches of pictures at their own aspect ratio, at resolutions drawn at random: functions of seed and step."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,6 +38,37 @@ class Views:
     def size(self, height: int, width: int, resolution: float) -> tuple[int, int]:
         """(H, W) in pixels, multiples of the patch, of a picture of this height and width."""
         h, w = grid(height, width, resolution, self.patch, longest=self.longest)
+        return h * self.patch, w * self.patch
+
+
+@dataclass(frozen=True)
+class NavitSize:
+    """The size to which a picture is decoded for a NaViT: a function of its own size, for `decode_image` and the like.
+
+    patch        side of a patch, in pixels
+    max_patches  the most patches, and about as many as it gets
+    longest      the most rows or columns, None if there is no limit
+
+    Raises:
+        ValueError: one is below 1.
+
+    Example:
+        >>> NavitSize(patch=16, max_patches=256)(480, 640)
+        (224, 288)
+    """
+
+    patch: int
+    max_patches: int
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("patch", self.patch), ("max_patches", self.max_patches), ("longest", self.longest)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) in pixels, multiples of the patch, of a picture of this height and width."""
+        h, w = grid(height, width, self.patch * math.sqrt(self.max_patches), self.patch, longest=self.longest)
         return h * self.patch, w * self.patch
 
 

@@ -17,6 +17,7 @@ from vlkern.errors import UserError
 from vlkern.evaluation.pictures import Pictures
 from vlkern.layers.patches import pack_pictures
 from vlkern.models.naflex import Naflex
+from vlkern.models.navit import Navit
 from vlkern.models.siglip import Siglip
 
 #: Batches that are read ahead while the model works.
@@ -46,13 +47,14 @@ class Encoder:
     """Embeds pictures and texts with the two towers of a model, in evaluation mode and without gradients.
 
     Args:
-        model: any SigLIP, NaFlex or not; it is put into evaluation mode and onto `device`.
+        model: any SigLIP, NaFlex or not, or a NaViT; it is put into evaluation mode and onto `device`.
         tokenizer: the one it was trained with.
         device: "cpu", "cuda" or such.
         bfloat16: run the towers in bfloat16 (autocast). Embeddings are float32 either way.
         resample: how pictures are squeezed to the model's size, as in `vlkern.data.decode_image`.
         batch: how many pictures or texts are embedded at once.
-        max_patches: the most patches of a picture for a NaFlex model; None is as many as it has positions.
+        max_patches: the most patches of a picture for a NaFlex model or a NaViT; None is as many as a NaFlex model has
+            positions, and 256 for a NaViT.
 
     Raises:
         ValueError: the tokenizer has ids that the model does not know, or texts of another length; max_patches is below
@@ -61,7 +63,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: Siglip | Naflex,
+        model: Siglip | Naflex | Navit,
         tokenizer: data.Tokenizer,
         *,
         device: str = "cpu",
@@ -78,6 +80,9 @@ class Encoder:
         if isinstance(model, Naflex):
             vision = model.config.vision
             self.image_size = data.NaflexSize(vision.patch, vision.patches if max_patches is None else max_patches)
+        elif isinstance(model, Navit):
+            c = model.config.vision
+            self.image_size = data.NavitSize(c.patch, 256 if max_patches is None else max_patches, c.longest)
         elif max_patches is not None:
             raise ValueError(f"max_patches must be None for a model of a fixed size, got {max_patches}")
         else:
@@ -96,7 +101,7 @@ class Encoder:
         size = self.image_size
         pixels = (
             f"up to {size.max_patches} patches of {size.patch} x {size.patch} pixels"
-            if isinstance(size, data.NaflexSize)
+            if isinstance(size, data.NaflexSize | data.NavitSize)
             else "{} x {} pixels".format(*self.model.config.vision.image_size)
         )
         number = f"{parameters:.1f}" if parameters < 100 else f"{parameters:.0f}"
@@ -109,6 +114,8 @@ class Encoder:
         batch: tuple[torch.Tensor, ...]
         if isinstance(self.model, Naflex):
             batch = pack_pictures(pictures, self.model.config.vision.patch)
+        elif isinstance(self.model, Navit):
+            batch = data.pack_images(pictures, self.model.config.vision.patch)
         else:
             batch = (torch.stack(list(pictures)),)
         pixels, *shapes = (part.to(self.device) for part in batch)
@@ -120,9 +127,10 @@ class Encoder:
         """T strings -> [T, E] float32 of length 1, on the CPU. `show(done)` is called after each batch."""
         parts = [torch.empty(0, self.width)]
         for start in range(0, len(texts), self.batch):
-            ids = self.tokenizer(texts[start : start + self.batch]).to(self.device)
+            ids = self.tokenizer(texts[start : start + self.batch])
+            batch = data.pack_texts(ids, self.tokenizer.end) if isinstance(self.model, Navit) else (ids,)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                parts.append(self.model.encode_text(ids).float().cpu())
+                parts.append(self.model.encode_text(*(part.to(self.device) for part in batch)).float().cpu())
             show(min(start + self.batch, len(texts)))
         return torch.cat(parts)
 
@@ -160,7 +168,7 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """16 letters that stand for all that makes embeddings of pictures: other weights or settings, other letters."""
-        size = self.image_size if isinstance(self.model, Naflex) else ""  # elsewhere it is in the configuration
+        size = self.image_size if isinstance(self.model, Naflex | Navit) else ""  # elsewhere it is in the configuration
         digest = hashlib.sha256(f"{self.model.config.vision} {size}{self.resample} {self.bfloat16}".encode())
         for name, tensor in self.model.vision_model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -203,7 +211,7 @@ def load_encoder(
     batch: int = 64,
     max_patches: int | None = None,
 ) -> Encoder:
-    """An encoder from what `vlkern train siglip` wrote in RUN/model, or from a Hugging Face directory.
+    """An encoder from what `vlkern train` wrote in RUN/model, or from a Hugging Face directory.
 
     Args:
         folder: with config.json, weights and tokenizer; or one file that `vlkern.models.load_pretrained` reads, with
@@ -227,10 +235,12 @@ def load_encoder(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available ({next(iter(str(error).splitlines()), '')})") from error
     model = models.load_pretrained(path, dtype=torch.float32)
-    if not isinstance(model, Siglip | Naflex):
-        raise UserError(f"--model {folder}: expected a SigLIP, got a {type(model).__name__}")
+    if not isinstance(model, Siglip | Naflex | Navit):
+        raise UserError(f"--model {folder}: expected a SigLIP or a NaViT, got a {type(model).__name__}")
     if max_patches is not None and isinstance(model, Siglip):
-        raise UserError(f"--max-patches {max_patches}: only for NaFlex models, {folder} takes pictures of one size")
+        raise UserError(
+            f"--max-patches {max_patches}: only for NaFlex models and NaViT, {folder} takes pictures of one size"
+        )
     try:
         words = data.load_tokenizer(tokenizer or beside, model.config.text.length)
     except data.DataError as error:

@@ -29,7 +29,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("bf16", "fp32"), help="of the towers (default: bf16 where that is faster)")
     add(
         "--max-patches", type=whole, metavar="N",
-        help="most patches of a picture, for NaFlex models (default: as many as the model has positions)",
+        help="most patches of a picture, for NaFlex models (default: as many as positions) and NaViT (default: 256)",
     )  # fmt: skip
     add("--batch", type=whole, default=64, metavar="N", help="pictures or texts embedded at once (default: 64)")
 
