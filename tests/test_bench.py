@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlkern
-from vlkern.bench import cli, machine, memory, oracle, rivals, runner, siglip, table, timing
+from vlkern.bench import cli, machine, memory, naflex, oracle, rivals, runner, siglip, table, timing
 from vlkern.bench.case import MODES, Case, samples_of
 from vlkern.bench.rivals import Absent, Contestant
 
@@ -257,6 +257,16 @@ def test_models_race_with_equal_outputs(tmp_path: Path, monkeypatch: pytest.Monk
     text = table.summary([result])
     for event in ("image, 1 x 3 x 32 x 32 (forward)", "text, 1 x 16 (forward)", "step, 2 x 3 x 32 x 32"):
         assert f"| `siglip` | siglip-tiny {event} | fp32 |" in text
+
+
+def test_ragged_pictures_race_with_equal_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ["--preset", "naflex-tiny", "--repeats", "1", "--dtypes", "fp32"]
+    monkeypatch.setattr(machine, "ceilings", lambda *args, **kwargs: CEILINGS)
+    assert naflex.main([*size, "--out", str(tmp_path / "bench/results")]) == 0
+    result = json.loads(next(tmp_path.glob("bench/results/*/naflex.json")).read_text())
+    status = {row["contestant"]: row["status"] for row in result["rows"]}
+    assert len(status) == 3 and set(status.values()) == {"ok"}
+    assert "| `naflex` | naflex-tiny image, 1324 x 192 (forward) | fp32 |" in table.summary([result])
 
 
 def test_the_table_needs_its_markers(tmp_path: Path) -> None:
