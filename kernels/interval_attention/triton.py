@@ -45,16 +45,18 @@ class Config:
     """How float32 is multiplied: "ieee", or "tf32" if PyTorch's own matmuls may."""
 
 
-def widths(d: int) -> tuple[int, int]:
+def widths(d: int, dtype: torch.dtype) -> tuple[int, int]:
     """The widths of the one or two tiles that hold d columns, powers of two; the second is 0 if there is but one."""
     whole = max(16, triton.next_power_of_2(d))
-    rest = max(16, triton.next_power_of_2(d - whole // 2))
-    return (whole // 2, rest) if whole // 2 + rest < whole else (whole, 0)
+    half = whole // 2
+    rest = max(16, triton.next_power_of_2(d - half))
+    # In float32 two sums of 128 products are also more exact than one of 256.
+    return (half, rest) if half + rest < whole or (dtype == torch.float32 and whole > 128) else (whole, 0)
 
 
 def pick(shape: tuple[int, int], dtype: torch.dtype, on: Chip) -> Config:
     """The configuration for head dims D and Dv."""
-    d, dv = (sum(widths(n)) for n in shape)
+    d, dv = (sum(widths(n, dtype)) for n in shape)
     wide = max(d, dv)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -110,7 +112,10 @@ def _dots(x1, x2, y1, y2, D2: tl.constexpr, PRECISION: tl.constexpr):
     """x [I, D] times the transpose of y [J, D]."""
     dots = tl.dot(x1, tl.trans(y1), input_precision=PRECISION)
     if D2 > 0:
-        dots = tl.dot(x2, tl.trans(y2), dots, input_precision=PRECISION)
+        if x1.dtype == tl.float32:  # two sums, as their rounding errors grow with the number of terms
+            dots += tl.dot(x2, tl.trans(y2), input_precision=PRECISION)
+        else:
+            dots = tl.dot(x2, tl.trans(y2), dots, input_precision=PRECISION)
     return dots
 
 
@@ -240,7 +245,7 @@ def _fwd(
     inverse = tl.where(some, 1.0 / total, 0.0)
     row = tl.cast(heads, tl.int64) * E
     _store(p_out + h * E, i, i < Nq, row, o1 * inverse[:, None], o2 * inverse[:, None], E, E1, E2)
-    lse = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))  # in interior tiles top rises
+    lse = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     tl.store(p_lse + i.to(tl.int64) * heads + h, lse, i < Nq)
 
 
@@ -296,7 +301,7 @@ def _query_gradient(
         if EDGE:
             j = left + columns
             s = tl.where((j[None, :] >= start[:, None]) & (j[None, :] < stop[:, None]), s, float("-inf"))
-        p = tl.exp2(s - lse[:, None])
+        p = tl.exp2(tl.minimum(s - lse[:, None], 0.0))  # of scores beyond 1e9 rounding alone could be 2^128
         ds = p * (_dots(g1, g2, v1, v2, E2, PRECISION) - delta[:, None])
         if CAPPED:
             ds *= slope
@@ -361,7 +366,7 @@ def _key_gradients(
         if EDGE:
             start, stop, _ = _interval(p_start, p_stop, i, Nq, Nk)
             s = tl.where((j[:, None] >= start[None, :]) & (j[:, None] < stop[None, :]), s, float("-inf"))
-        p = tl.exp2(s - lse[None, :])
+        p = tl.exp2(tl.minimum(s - lse[None, :], 0.0))
         dv1, dv2 = _add(dv1, dv2, p, g1, g2, E2, PRECISION)
         ds = p * (_dots(v1, v2, g1, g2, E2, PRECISION) - delta[None, :])
         if CAPPED:
@@ -462,7 +467,7 @@ def interval_attention(
         t = c.forward
         _fwd[(triton.cdiv(nq, t.bm), hq)](
             q, k, v, start, stop, out, lse, nq, nk, hq // hkv, *_pitches(q, k, v), *_factors(scale, softcap)[:2],
-            d, *widths(d), dv, *widths(dv), softcap is not None, c.precision, t.bm, t.bn,
+            d, *widths(d, q.dtype), dv, *widths(dv, q.dtype), softcap is not None, c.precision, t.bm, t.bn,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out, lse
@@ -483,9 +488,7 @@ def interval_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See reference.py."""
     if scale < 0:  # (-q) (-scale): the same scores
-        dq, dk, dv = interval_attention_backward(
-            grad, grad_lse, -q, k, v, out, lse, start, stop, -scale, softcap
-        )
+        dq, dk, dv = interval_attention_backward(grad, grad_lse, -q, k, v, out, lse, start, stop, -scale, softcap)
         return -dq, dk, dv
     grad, q, k, v, out = (_regular(x) for x in (grad, q, k, v, out))
     start, stop, lse = start.contiguous(), stop.contiguous(), lse.contiguous()
@@ -495,7 +498,7 @@ def interval_attention_backward(
         return dq, dk.zero_(), dv.zero_()
     c = pick((d, e), q.dtype, chip(q.device))
     factor, cap, capped = _factors(scale, softcap)
-    dims = (d, *widths(d), e, *widths(e))
+    dims = (d, *widths(d, q.dtype), e, *widths(e, q.dtype))
     blocks = triton.cdiv(nq, c.dkdv.bm)
     rows = q.new_empty(2, hq, nq, dtype=torch.float32)
     hulls = start.new_empty(4, blocks)

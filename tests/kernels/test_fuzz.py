@@ -1,11 +1,14 @@
 """Random shapes, strides, dtypes and scales: every kernel stays as good as the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rooms import KERNELS, agree, device, dtypes, skip_unsupported
 
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import REGISTRY
+from vlkern.kernels.interval_attention import samples as interval_attention
 from vlkern.kernels.linear import samples as linear
 from vlkern.kernels.rms_norm import samples as rms_norm
 from vlkern.kernels.sigmoid_loss import samples as sigmoid_loss
@@ -79,3 +82,29 @@ def test_linear(name, data):
     calls = [linear.inputs(sample, dtype, device(name), seed) for seed in SEEDS]
     skip_unsupported(REGISTRY["linear"], name, *calls[0])
     agree(REGISTRY["linear"], name, calls)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name in REGISTRY["interval_attention"].backends])
+@fuzz
+@hypothesis.given(data=st.data())
+def test_interval_attention(name, data):
+    """Documents under every mask, and any intervals: in no order, overlapping, empty, beyond the keys."""
+    hkv, widths = data.draw(st.integers(1, 2)), st.integers(1, 32) if data.draw(st.booleans()) else st.integers(1, 8)
+    sample = interval_attention.Sample(
+        "random",
+        lengths=tuple(data.draw(st.lists(st.integers(1, 70), max_size=2))),
+        hq=hkv * data.draw(st.integers(1, 4)),
+        hkv=hkv,
+        d=8 * data.draw(widths),
+        mask=data.draw(st.sampled_from(["random", "random", "full", "causal", "window", "prefix", "cross"])),
+        window=data.draw(st.integers(1, 50)),
+        softcap=data.draw(st.none() | st.sampled_from([0.5, 5.0, 50.0])),
+    )
+    if data.draw(st.booleans()):
+        sample = replace(sample, dv=8 * data.draw(widths))
+    dtype, scale = data.draw(st.sampled_from(dtypes(name))), data.draw(st.sampled_from([None, 1.0, 0.02, -0.3]))
+    calls = []
+    for seed in SEEDS:
+        args, kwargs = interval_attention.inputs(sample, dtype, device(name), seed)
+        calls.append((args, {**kwargs, "scale": scale}))
+    agree(REGISTRY["interval_attention"], name, calls)
