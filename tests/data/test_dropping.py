@@ -63,21 +63,21 @@ def test_keep(images, seed):
     kept = keep(lengths, rates, generator(seed))
     stay = [max(1, n - math.floor(d * n + 0.5)) for n, d in images]
     assert kept.cu_seqlens.dtype == torch.int32 and kept.cu_seqlens.diff().tolist() == stay
-    assert torch.equal(kept.index, kept.index.unique())
+    assert torch.equal(kept.numbers, kept.numbers.unique())
     starts = lengths.cumsum(0) - lengths
     for i, (n, _) in enumerate(images):
-        part = kept.index[kept.cu_seqlens[i] : kept.cu_seqlens[i + 1]]
+        part = kept.numbers[kept.cu_seqlens[i] : kept.cu_seqlens[i + 1]]
         assert bool(((part >= starts[i]) & (part < starts[i] + n)).all())
     again = keep(lengths, rates, generator(seed))
-    assert torch.equal(again.index, kept.index)
+    assert torch.equal(again.numbers, kept.numbers)
 
 
 def test_every_token_is_as_likely():
     kept = keep(torch.full((20_000,), 10), torch.full((20_000,), 0.4), generator())
-    counts = (kept.index % 10).bincount()
+    counts = (kept.numbers % 10).bincount()
     assert counts.sum() == 20_000 * 6
     assert (counts / 20_000 - 0.6).abs().max() < 0.015
-    pairs = ((kept.index % 10).unflatten(0, (-1, 6)) < 2).sum(1)
+    pairs = ((kept.numbers % 10).unflatten(0, (-1, 6)) < 2).sum(1)
     assert (pairs == 2).float().mean().item() == pytest.approx(6 * 5 / 90, abs=0.015)  # both of two given tokens
 
 

@@ -52,7 +52,7 @@ def test_packed_is_each_image_alone(family, coordinates):
     net = model(positions=family, coordinates=coordinates, qk_norm="rms" if family == "fourier" else "layer")
     counts = torch.tensor([h * w for h, w in GRIDS])
     kept = keep(counts, torch.tensor([0.4, 0.0, 0.7, 0.2, 0.5]), torch.Generator().manual_seed(0))
-    parts = torch.tensor_split(kept.index, kept.cu_seqlens[1:-1].long())
+    parts = torch.tensor_split(kept.numbers, kept.cu_seqlens[1:-1].long())
     starts = (counts.cumsum(0) - counts).tolist()
     dropped = [part - start for part, start in zip(parts, starts, strict=True)]
     for stay in (None, dropped):

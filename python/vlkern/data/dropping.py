@@ -164,11 +164,11 @@ class BySeen:
 class Kept(NamedTuple):
     """What is left of n pictures that lie side by side.
 
-    index       [K] int64, numbers of the tokens that stay, rising
+    numbers     [K] int64, the tokens that stay, rising
     cu_seqlens  [n + 1] int32, where each picture now begins, and the end
     """
 
-    index: torch.Tensor
+    numbers: torch.Tensor
     cu_seqlens: torch.Tensor
 
 
@@ -186,7 +186,7 @@ def keep(lengths: torch.Tensor, rates: torch.Tensor, generator: torch.Generator)
 
     Example:
         >>> kept = keep(torch.tensor([4, 6]), torch.tensor([0.5, 0.0]), torch.Generator().manual_seed(0))
-        >>> kept.index.tolist(), kept.cu_seqlens.tolist()
+        >>> kept.numbers.tolist(), kept.cu_seqlens.tolist()
         ([1, 2, 4, 5, 6, 7, 8, 9], [0, 2, 8])
     """
     if lengths.dtype not in (torch.int32, torch.int64):

@@ -52,7 +52,12 @@ def decode_image(data: bytes, size: Size, *, resample: str = "bilinear") -> torc
     Raises:
         ValueError: `resample` or `size` is none of these, or the data is no picture that Pillow can decode.
     """
-    chosen, fixed = check_resample(resample), None if callable(size) else check_size(size)
+    chosen = check_resample(resample)
+    if callable(size):
+        shape = size
+    else:
+        fixed = check_size(size)
+        shape = lambda height, width: fixed  # noqa: E731
     formats = [name for magic, name in _FORMATS.items() if data.startswith(magic)]
     try:
         with Image.open(io.BytesIO(data), formats=formats or None) as opened:
@@ -61,7 +66,7 @@ def decode_image(data: bytes, size: Size, *, resample: str = "bilinear") -> torc
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            height, width = fixed or size(image.height, image.width)
+            height, width = shape(image.height, image.width)
             resized = image.convert("RGB").resize((width, height), chosen)
     except UnidentifiedImageError as error:  # Pillow's own message names an address in memory
         raise ValueError("no readable picture: cannot identify its format") from error

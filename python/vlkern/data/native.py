@@ -75,7 +75,7 @@ class NavitSize:
 class _Place(NamedTuple):
     """A sample, the number from which its chances are drawn, and how many samples came in the steps before."""
 
-    index: int
+    number: int
     draw: int
     seen: int
 
@@ -100,7 +100,7 @@ class _Places:
 
     def __iter__(self) -> Iterator[list[_Place]]:
         for step, samples in enumerate(self.steps, self.steps.start):
-            yield [_Place(index, draw, step * self.steps.global_batch) for index, draw in samples]
+            yield [_Place(number, draw, step * self.steps.global_batch) for number, draw in samples]
 
 
 class _Items(Dataset[_Item]):
@@ -110,7 +110,7 @@ class _Items(Dataset[_Item]):
     def __getitem__(self, place: _Place) -> _Item:
         generator = torch.Generator().manual_seed(place.draw)
         resolution = self.views.resolutions.draw(1, generator).item()
-        pair, lines = self.pairs.read(place.index, lambda height, width: self.views.size(height, width, resolution))
+        pair, lines = self.pairs.read(place.number, lambda height, width: self.views.size(height, width, resolution))
         if pair is None:
             return _Item(None, None, "", lines)
         pixels, kept = pair.pixels, None
@@ -119,7 +119,7 @@ class _Items(Dataset[_Item]):
             pixels = ((changed + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         if self.views.dropping is not None:
             length = torch.tensor([pixels.shape[1] * pixels.shape[2] // self.views.patch**2])
-            kept = keep(length, self.views.dropping.rates(length, place.seen, generator), generator).index
+            kept = keep(length, self.views.dropping.rates(length, place.seen, generator), generator).numbers
         return _Item(pixels, kept, pair.captions[place.draw % len(pair.captions)], lines)
 
 

@@ -69,8 +69,9 @@ def sequences(images: PackedImages, length: int, slots: int, count: int | None =
     taken[:, -1] = length - taken.sum(1)
     cu_seqlens = cumulate(taken.flatten())
     # Where each token of an image goes; the rest stays a pad.
-    source = [torch.arange(images.cu_seqlens[i], images.cu_seqlens[i + 1]) for i in order[valid].tolist()]
-    goes = [torch.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in valid.nonzero()[:, 0].tolist()]
+    here, there = images.cu_seqlens.tolist(), cu_seqlens.tolist()
+    source = [torch.arange(here[i], here[i + 1]) for i in order[valid].tolist()]
+    goes = [torch.arange(there[s], there[s + 1]) for s in valid.nonzero()[:, 0].tolist()]
     patches = images.patches.new_zeros(bins * length, images.patches.shape[1])
     yx, hw = images.yx.new_zeros(bins * length, 2), images.hw.new_ones(len(order), 2)
     if source:

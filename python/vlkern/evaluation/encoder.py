@@ -99,11 +99,11 @@ class Encoder:
     def __str__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         size = self.image_size
-        pixels = (
-            f"up to {size.max_patches} patches of {size.patch} x {size.patch} pixels"
-            if isinstance(size, data.NaflexSize | data.NavitSize)
-            else "{} x {} pixels".format(*self.model.config.vision.image_size)
-        )
+        if isinstance(size, data.NaflexSize | data.NavitSize):
+            pixels = f"up to {size.max_patches} patches of {size.patch} x {size.patch} pixels"
+        else:
+            assert isinstance(size, tuple)
+            pixels = f"{size[0]} x {size[1]} pixels"
         number = f"{parameters:.1f}" if parameters < 100 else f"{parameters:.0f}"
         precision = "bfloat16" if self.bfloat16 else "float32"
         return f"{number} M parameters, {pixels}, {precision}, {self.device}"

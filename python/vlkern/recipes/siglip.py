@@ -35,7 +35,7 @@ class SiglipTask:
     """
 
     #: What is saved; the class of `model` itself changes under FSDP.
-    family: Callable[[Any], nn.Module] = Siglip
+    family: Callable[[Any], Any] = Siglip
 
     def __init__(
         self,
