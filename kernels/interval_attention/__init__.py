@@ -128,6 +128,8 @@ def interval_attention_lse(
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 
     Example:
+        >>> q, k, v = torch.randn(3, 10, 2, 16)
+        >>> start, stop = torch.zeros(10, dtype=torch.int32), torch.arange(1, 11, dtype=torch.int32)  # causal
         >>> out, lse = vlkern.ops.interval_attention_lse(q, k, v, start, stop)
     """
     arguments = _bind(q, k, v, start, stop, scale=scale, softcap=softcap)
@@ -180,7 +182,8 @@ def interval_attention(
     Gemma 2 and 3 (softcap, windows, image blocks).
 
     Example:
-        >>> start, stop = masks.documents(cu_seqlens).bounds(len(q))
+        >>> q, k, v = torch.randn(3, 10, 2, 16)
+        >>> start, stop = vlkern.masks.documents(torch.tensor([0, 4, 10], dtype=torch.int32)).bounds(10)
         >>> out = vlkern.ops.interval_attention(q, k, v, start, stop)
     """
     return interval_attention_lse(q, k, v, start, stop, scale=scale, softcap=softcap)[0]

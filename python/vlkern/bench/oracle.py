@@ -4,6 +4,7 @@ import torch
 
 from vlkern.bench.case import Case, Inputs, backend_contestant
 from vlkern.bench.rivals import Function
+from vlkern.kernels.interval_attention import reference as attention
 from vlkern.kernels.sigmoid_loss import reference as sigmoid_loss
 
 _BLOCK = 1024
@@ -32,10 +33,37 @@ def _sigmoid_loss_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
     return [loss, d_image, d_text, d_scale, d_bias]
 
 
+def _attention_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
+    """Attention and its gradients, 1024 rows of a group of heads at a time; for each, the keys that its rows see."""
+    q, k, v, start, stop = (t.detach() for t in inputs.args)
+    scale, group = q.shape[2] ** -0.5, q.shape[1] // k.shape[1]
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
+    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    assert inputs.grad is not None
+    for h in range(k.shape[1]):
+        heads = slice(h * group, (h + 1) * group)
+        for i in range(0, len(q), _BLOCK):
+            rows = slice(i, i + _BLOCK)
+            lo, hi = int(start[rows].min()), int(stop[rows].max())
+            near = (q[rows, heads], k[lo:hi, h : h + 1], v[lo:hi, h : h + 1])
+            bounds = (start[rows] - lo, stop[rows] - lo)
+            part, lse = attention.interval_attention(*near, *bounds, scale, None)
+            out[rows, heads] = part
+            gradients = attention.interval_attention_backward(
+                inputs.grad[rows, heads], None, *near, part, lse, *bounds, scale, None
+            )
+            dq[rows, heads] = gradients[0]
+            dk[lo:hi, h : h + 1] += gradients[1]
+            dv[lo:hi, h : h + 1] += gradients[2]
+    return [out, dq, dk, dv]
+
+
 def truth(case: Case, inputs: Inputs) -> list[torch.Tensor]:
     """Output and gradients by the reference in float64; for a huge sample in float32, in blocks."""
     if case.op == "sigmoid_loss" and not inputs.kwargs and inputs.args[0].shape[0] > _BLOCK:
         return _sigmoid_loss_in_blocks(inputs.to(torch.float32 if case.huge else torch.float64))
+    if case.op == "interval_attention" and not inputs.kwargs and inputs.args[0].shape[0] > _BLOCK:
+        return _attention_in_blocks(inputs.to(torch.float64))
     return inputs.to(torch.float64).run(backend_contestant(case.op, "reference").make(), "forward+backward")
 
 

@@ -133,15 +133,61 @@ def _open_clip_loss(chunk: int) -> Function:
     return function
 
 
+def _visible(start: torch.Tensor, stop: torch.Tensor, keys: int) -> torch.Tensor:
+    j = torch.arange(keys, device=start.device)
+    return (j >= start[:, None]) & (j < stop[:, None])
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """PyTorch's attention for [tokens, heads, head dim]."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+    return out[0].transpose(0, 1)
+
+
 def masked_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, stop: torch.Tensor
 ) -> torch.Tensor:
-    """scaled_dot_product_attention with a dense boolean mask, made in the call."""
-    j = torch.arange(k.shape[0], device=k.device)
-    mask = (j >= start[:, None]) & (j < stop[:, None])
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    """One call with a dense boolean mask, made in the call."""
+    return _sdpa(q, k, v, attn_mask=_visible(start, stop, len(k)))
+
+
+def sdpa_loop(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, stop: torch.Tensor
+) -> torch.Tensor:
+    """A loop over documents, which are full or causal; other masks are none that it could take."""
+    lengths = start.unique_consecutive(return_counts=True)[1]
+    ends = lengths.cumsum(0).to(start.dtype)
+    causal = torch.equal(stop, torch.arange(1, len(stop) + 1, dtype=stop.dtype))
+    if not torch.equal(start, (ends - lengths).repeat_interleave(lengths)) or not (
+        causal or torch.equal(stop, ends.repeat_interleave(lengths))
+    ):
+        raise ValueError("these rows are no full or causal documents")
+    parts = zip(*(t.split(lengths.tolist()) for t in (q, k, v)), strict=True)
+    return torch.cat([_sdpa(*part, is_causal=causal) for part in parts])
+
+
+def _flex_attention() -> Function:
+    """FlexAttention, compiled; its block mask is built once per mask, outside the time of all calls but the first."""
+    import torch.nn.attention.flex_attention as flex
+
+    attend = _compiled(flex.flex_attention)
+    masks: dict[int, Any] = {}
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        if q.device.type == "cpu" and torch.is_grad_enabled():
+            raise ValueError("FlexAttention has no backward on the CPU")
+        if id(start) not in masks:
+
+            def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
+                return (j >= start[i]) & (j < stop[i])
+
+            masks[id(start)] = flex.create_block_mask(visible, None, None, len(q), len(k), device=str(q.device))
+        heads = (t.transpose(0, 1)[None].contiguous() for t in (q, k, v))
+        out = attend(*heads, block_mask=masks[id(start)], enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)
+
+    return run
 
 
 RACES: dict[str, Race] = {
@@ -149,7 +195,11 @@ RACES: dict[str, Race] = {
         ceiling="matmul",
         # The backward does five products, the forward two.
         share={"forward": 1.0, "forward+backward": 3.5},
-        rivals=(Contestant("masked SDPA", partial(_plain, masked_sdpa)),),
+        rivals=(
+            Contestant("SDPA loop", partial(_plain, sdpa_loop)),
+            Contestant("masked SDPA", partial(_plain, masked_sdpa)),
+            Contestant("FlexAttention", _flex_attention, compiled=True),
+        ),
     ),
     "linear": Race(
         ceiling="matmul",
