@@ -16,6 +16,7 @@ from vlkern.layers.patches import from_padded, pack_pictures, places, to_padded
 from vlkern.models import resize
 from vlkern.models.naflex import PRESETS, Naflex, NaflexConfig, NaflexVisionConfig, NaflexVisionTower, from_siglip
 from vlkern.models.siglip import Siglip, SiglipConfig, TextConfig, VisionConfig
+from vlkern.packing import Example, IsolationError, PackedBatch, check_isolation
 
 CONFIGS = {
     "small": NaflexConfig(NaflexVisionConfig(16, 2, 2, 32, patch=2, side=4), TextConfig(16, 2, 2, 32, 30, 7)),
@@ -356,3 +357,14 @@ def test_a_model_with_other_heads_stays_fixed():
     fixed = Siglip(SiglipConfig(VisionConfig(39, 1, 3, 32, (8, 8), 4), TextConfig(16, 1, 2, 32, 30, 7)))
     with pytest.raises(ValueError, match="multiple of 8 up to 256, got 3 heads of width 39"):
         from_siglip(fixed)
+
+
+def test_the_leak_detector_finds_nothing(config, model):
+    patches, shapes, _ = _batch(config)
+    parts = patches.split(shapes.prod(1).tolist())
+    batch = PackedBatch.of([Example({"patches": part}) for part in parts])
+    check_isolation(lambda batch: model.encode_image(batch.tokens["patches"], shapes), batch)
+    # Without their borders, two pictures are one.
+    together = torch.tensor([[len(parts[0]) + len(parts[1]), 1], *SHAPES[2:]])
+    with pytest.raises(IsolationError, match="changing document 0 changes 1 "):
+        check_isolation(lambda batch: model.vision_model.tokens(batch.tokens["patches"], together), batch)

@@ -132,7 +132,7 @@ def test_bad_options(more, part, shard, tmp_path, capfd):
 def test_from_a_naflex_model_with_a_size(shard, start, tmp_path, capfd):
     with pytest.raises(SystemExit):
         main(options(shard, tmp_path / "run", "--from", start, "--image-size", 32))
-    assert "is a NaFlex model, for pictures of any shape" in capfd.readouterr().err
+    assert "holds a model for pictures of any shape" in capfd.readouterr().err
 
 
 def test_the_default_preset(shard, tmp_path, monkeypatch):

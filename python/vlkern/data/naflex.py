@@ -45,7 +45,7 @@ class NaflexSize:
 class _Place(NamedTuple):
     """A sample, the number from which its chances are drawn, and the patches that it may have."""
 
-    index: int
+    number: int
     draw: int
     max_patches: int
 
@@ -71,7 +71,7 @@ class _Places:
         for step, samples in enumerate(self.steps, self.steps.start):
             # The passes have the numbers from 0 on.
             most = self.max_patches[int(draws(1, self.steps.seed, -1 - step)[0]) % len(self.max_patches)]
-            yield [_Place(index, draw, most) for index, draw in samples]
+            yield [_Place(number, draw, most) for number, draw in samples]
 
 
 class _Items(Dataset[_Item]):
@@ -79,7 +79,7 @@ class _Items(Dataset[_Item]):
         self.pairs, self.patch, self.augmented = pairs, patch, augmented
 
     def __getitem__(self, place: _Place) -> _Item:
-        pair, lines = self.pairs.read(place.index, NaflexSize(self.patch, place.max_patches))
+        pair, lines = self.pairs.read(place.number, NaflexSize(self.patch, place.max_patches))
         if pair is None:
             return _Item(None, "", lines)
         pixels = pair.pixels

@@ -192,7 +192,7 @@ def _naflex_vision(entries: Mapping[str, Any], where: object) -> NaflexVisionCon
     if side**2 != patches or side == 0:
         raise UserError(f"{where}: num_patches must be the square of a positive integer, got {patches!r}")
     got["patch_size"] = _patch(got["patch_size"])
-    return _checked(where, lambda: NaflexVisionConfig(*got.values(), side=side))
+    return _checked(where, lambda: NaflexVisionConfig(*got.values(), side))
 
 
 def _patch(side: Any) -> Any:

@@ -79,7 +79,7 @@ def resize_within(pixels: torch.Tensor, patch: int, max_patches: int) -> torch.T
         TypeError, ValueError: no such picture, or as `grid_within`.
     """
     pixels = _picture("pixels", pixels)
-    h, w = grid_within(*pixels.shape[1:], patch, max_patches)
+    h, w = grid_within(pixels.shape[1], pixels.shape[2], patch, max_patches)
     size = (h * patch, w * patch)
     if tuple(pixels.shape[1:]) == size:
         return pixels

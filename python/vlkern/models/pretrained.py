@@ -103,10 +103,10 @@ def load_pretrained(
     if isinstance(old, siglip.VisionConfig):
         new = siglip.resized_config(old, old.image_size if image_size is None else image_size, patch)
     elif image_size is not None or patch is not None:
-        raise ValueError(f"image_size and patch must be None: {path} is a NaFlex model, for pictures of any shape")
+        raise ValueError(f"image_size and patch must be None: {path} holds a model for pictures of any shape")
     with shapes_only():
         wanted = _build(c).state_dict()
-        model = _build(new if c is old else replace(c, vision=new))  # type: ignore[arg-type]  # the kind it was
+        model = _build(new if c is old else replace(c, vision=new))
     tensors = state.collect(checkpoint, wanted, plan.sources, dtype, plan.root)
     if isinstance(old, siglip.VisionConfig) and isinstance(new, siglip.VisionConfig):
         siglip.resize_state(tensors, old, new, prefix="" if c is old else "vision_model.")
