@@ -112,6 +112,17 @@ def test_file_of_big_vision(tmp_path):
     assert loaded.config == tower.config
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tower.parameters(), strict=True))
 
+    both = {f"params/img/{k[7:]}": a for k, a in golden.arrays.items() if k.startswith("params/")}
+    text = Golden("two_towers_siglip")
+    both |= {k: a for k, a in text.arrays.items() if k.startswith(("params/txt/", "params/t", "params/b"))}
+    width = tower.config.width
+    both |= {"params/txt/head/kernel": np.ones((24, width), np.float32), "params/txt/head/bias": np.zeros(width)}
+    np.savez(path, **both)
+    model = models.load_pretrained(path, dtype=torch.float32)
+    assert isinstance(model, Naflex) and model.config.vision == tower.config
+    assert all(torch.equal(a, b) for a, b in zip(model.vision_model.parameters(), tower.parameters(), strict=True))
+    assert_close(model.text_model.tokens(text.ids()), text["out/txt/transformed"], 2e-5)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_transformers_gives_the_same(config, model, dtype):
