@@ -175,6 +175,24 @@ def test_a_union_with_a_gap_names_its_first_row():
     assert mask.bounds(4)[0].tolist() == [0, 0, 0, 0]  # no gap among the first four
 
 
+def test_a_side_that_may_be_empty_proves_nothing():
+    """The first operand sees nothing, so that it does not bridge the gap between the two others."""
+    nothing = masks.causal() & masks.prefix(torch.tensor([0]))
+    mask = nothing | masks.spans(torch.tensor([3]), torch.tensor([5])) | masks.prefix(torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"query 3 sees keys \[3, 5\) by the first and \[0, 1\) by the second"):
+        mask.bounds(5)
+
+
+def test_more_queries_than_keys_in_a_segment():
+    """The first two of the second segment's three queries stand before its only key, 4."""
+    cross = masks.cross(torch.tensor([0, 1, 4]), torch.tensor([0, 4, 5]))
+    for mask in (masks.causal(), masks.groups(torch.tensor([1, 1, 1, 1, 1]))):
+        start, stop = (cross & mask).bounds(4)
+        assert (stop - start).tolist() == [4, 0, 0, 1]
+        assert (mask | cross).bounds(4)[1].tolist() == [4, 5, 5, 5]
+        assert (mask | cross & masks.window(1, 1)).bounds(4)[1].tolist() == [4, 4, 4, 5]
+
+
 def test_the_masks_of_the_design():
     cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
     images = masks.spans(torch.tensor([1, 5]), torch.tensor([3, 8]))
