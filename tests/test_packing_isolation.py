@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vlkern import masks, ops
+from vlkern.models import naflex, navit
 from vlkern.packing import Example, IsolationError, PackedBatch, check_isolation, isolation
 
 
@@ -53,6 +54,36 @@ def test_a_boundary_off_by_one():
     b = pack(5, 4, 7)
     wrong = torch.tensor([0, 6, 9, 16], dtype=torch.int32)
     assert leaks(lambda b: attend(b, masks.documents(wrong)), b) == [(0, 1), (1, 0)]
+
+
+def pictures(*grids):
+    """Pictures of h x w patches of 4 x 4 pixels, as a packed batch with rows, columns and sides."""
+    torch.manual_seed(0)
+    return PackedBatch.of(
+        [
+            Example(
+                {"patches": torch.randn(h * w, 48), "yx": torch.cartesian_prod(torch.arange(h), torch.arange(w))},
+                values={"hw": torch.tensor([h, w])},
+            )
+            for h, w in grids
+        ]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoders_of_packed_pictures_are_isolated(dtype):
+    """Tokens and pooled vectors, to the last bit on the CPU."""
+    b = pictures((3, 5), (1, 1), (6, 2), (4, 4))
+    size = {"width": 32, "depth": 2, "heads": 2, "mlp": 64, "patch": 4}
+    ours = navit.VisionTower(navit.VisionConfig(**size)).to(dtype)
+    theirs = naflex.NaflexVisionTower(naflex.NaflexVisionConfig(**size, side=4)).to(dtype)
+
+    def model(b):
+        where = b.tokens["patches"].to(dtype), b.cu_seqlens, b.tokens["yx"], b.values["hw"]
+        shapes = where[0], b.values["hw"]
+        return ours(*where), ours.tokens(*where), theirs(*shapes), theirs.tokens(*shapes)
+
+    check_isolation(model, b, fields=["patches"])
 
 
 @pytest.mark.parametrize("field", ["x", "ids", "patches"])
