@@ -75,6 +75,7 @@ def test_dropping(pairs):
     found = steps(pairs, 10, falling)
     shares = [1 - len(batch[0]) / int(batch[3].prod(1).sum()) for batch in found]
     assert shares[0] == pytest.approx(0.7, abs=0.05) and shares[-1] == pytest.approx(0.1, abs=0.05)
+    assert all(same(a, b) for a, b in zip(found[6:], steps(pairs, 4, falling, start=6), strict=True))
     for patches, cu, yx, hw, *_ in found:
         assert len(patches) == len(yx) == int(cu[-1])
         number = yx[:, 0] * hw[:, 1].repeat_interleave(cu.diff()) + yx[:, 1]

@@ -15,6 +15,7 @@ from vlkern.data.dropping import keep
 from vlkern.layers.positions import COORDINATES, FAMILIES, Positions
 from vlkern.models import navit
 from vlkern.models.navit import Navit, NavitClassifier, NavitConfig, TextConfig, VisionConfig, sigmoid_cross_entropy
+from vlkern.packing import Example, PackedBatch, check_isolation
 
 PATCH = 4
 CONFIG = NavitConfig(
@@ -98,6 +99,35 @@ def test_no_gradient_crosses_images():
         own = torch.zeros(len(patches), dtype=torch.bool)
         own[cu[i] : cu[i + 1]] = True
         assert bool((grad[~own] == 0).all()) and bool((grad[own].abs().amax(1) > 0).all())
+
+
+def test_the_leak_detector_finds_nothing():
+    net, packed = model(), pack()
+    parts = zip(
+        *(t.split(packed.cu_seqlens.diff().tolist()) for t in (packed.patches, packed.yx)), packed.hw, strict=True
+    )
+    batch = PackedBatch.of([Example({"patches": p, "yx": yx}, values={"hw": hw}) for p, yx, hw in parts])
+    check_isolation(
+        lambda b: net.encode_image(b.tokens["patches"], b.cu_seqlens, b.tokens["yx"], b.values["hw"]),
+        batch,
+        fields=["patches"],
+    )
+
+
+def test_compiled_without_a_break():
+    """As one graph, for batches of any sizes."""
+    net = model(depth=1)
+    compiled = torch.compile(net.encode_image, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for grids in (GRIDS, GRIDS[:3]):
+            torch.testing.assert_close(compiled(*pack(grids)), net.encode_image(*pack(grids)))
+
+
+def test_shapes_alone():
+    with torch.device("meta"):
+        net = Navit(CONFIG)
+        integers = [torch.empty(*shape, dtype=torch.int32) for shape in ((4,), (20, 2), (3, 2))]
+        assert net.encode_image(torch.empty(20, 48), *integers).shape == (3, 48)
 
 
 def slots(net, made, paired):
