@@ -10,7 +10,7 @@ A head dim is read as one or two tiles whose widths are powers of two: 72 as 64 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments have Triton's types)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -42,7 +42,8 @@ class Config:
     dq: Tile
     dkdv: Tile
     precision: str
-    """How float32 is multiplied: "ieee", or "tf32" if PyTorch's own matmuls may."""
+    """How float32 is multiplied: "tf32x3", three tensor-core products that keep 22 bits (Triton multiplies "ieee" from
+    registers and spills hundreds of them), or "tf32" if PyTorch's own matmuls may."""
 
 
 def widths(d: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -54,27 +55,47 @@ def widths(d: int, dtype: torch.dtype) -> tuple[int, int]:
     return (half, rest) if half + rest < whole or (dtype == torch.float32 and whole > 128) else (whole, 0)
 
 
+def _fit(tile: Tile, holds_queries: bool, held: int, streamed: int, itemsize: int, on: Chip) -> Tile:
+    """The tile with as many stages, or if there is no room for one as many rows, as fit in the shared memory.
+
+    A program holds `held` numbers for each row of one side, while tiles of the other go by with `streamed` a row.
+    """
+    while True:
+        rows, step = (tile.bm, tile.bn) if holds_queries else (tile.bn, tile.bm)
+        stages = (on.shared // itemsize - rows * held) // (step * streamed)
+        if stages > 0 or max(rows, step) == 16:
+            return replace(tile, stages=max(1, min(tile.stages, stages)))
+        tile = replace(tile, bm=max(16, tile.bm // 2), bn=max(16, tile.bn // 2))
+
+
 def pick(shape: tuple[int, int], dtype: torch.dtype, on: Chip) -> Config:
-    """The configuration for head dims D and Dv."""
+    """The configuration for head dims D and Dv: the largest tiles whose numbers fit in 255 registers a thread."""
     d, dv = (sum(widths(n, dtype)) for n in shape)
-    wide = max(d, dv)
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-    def tile(bm: int, bn: int, warps: int, streams_keys: bool) -> Tile:
-        kept, streamed = (bm, bn) if streams_keys else (bn, bm)
-        room = on.shared - kept * (d + dv) * dtype.itemsize
-        return Tile(bm, bn, warps, max(1, min(3, room // (streamed * (d + dv) * dtype.itemsize))))
-
-    if dtype == torch.float32:
-        rows = 64 if wide <= 128 else 32
-        forward, dq, dkdv = tile(rows, 32, 4, True), tile(rows, 32, 4, True), tile(32, rows, 4, False)
+    wide, split = max(d, dv), any(widths(n, dtype)[1] for n in shape)
+    if dtype == torch.float32:  # its operands pass through the registers as well
+        if wide <= 64:
+            rows = 64 if on.arch >= 90 else 32
+            forward, dq, dkdv = Tile(rows, 32, rows // 8, 2), Tile(rows, 32, rows // 8, 2), Tile(32, 32, 8, 2)
+        elif wide <= 128:
+            forward, dq, dkdv = Tile(32, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 32, 8, 1)
+        else:
+            forward, dq, dkdv = Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)
     elif wide <= 64:
-        forward, dq, dkdv = tile(128, 128, 8, True), tile(128, 64, 8, True), tile(64, 128, 8, False)
+        forward, dq, dkdv = Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64 if on.arch < 100 else 32, 128, 8, 3)
     elif wide <= 128:
-        forward, dq, dkdv = tile(128, 64, 8, True), tile(128, 64, 8, True), tile(64, 64, 8, False)
+        forward, dq = Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)
+        dkdv = Tile(32 if split and on.arch != 90 else 64, 64, 8, 3)
     else:
-        forward, dq, dkdv = tile(64, 64, 4, True), tile(64, 64, 8, True), tile(32, 64, 8, False)
-    return Config(forward, dq, dkdv, "tf32" if tf32 else "ieee")
+        forward = Tile(128, 64, 8, 2) if on.arch == 90 else Tile(64, 32, 8, 2)
+        dq, dkdv = Tile(64, 64, 8, 2), Tile(32, 64, 8, 2) if on.arch < 100 else Tile(64, 64, 8, 1)
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    size = dtype.itemsize
+    return Config(
+        _fit(forward, True, d, d + dv, size, on),
+        _fit(dq, True, d + dv, d + dv, size, on),
+        _fit(dkdv, False, d + dv, d + dv, size, on),
+        "tf32" if tf32 else "tf32x3",
+    )
 
 
 @triton.jit
@@ -350,7 +371,7 @@ def _key_gradients(
     EDGE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr,
     E2: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv over `count` blocks of queries, those from number `first` on `skip` blocks further, per head."""
+    """dk / scale and dv over `count` blocks of queries a head, those from number `first` on `skip` blocks further."""
     for n in range(0, count * group):
         h = (h0 + n // count).to(tl.int64)
         at = n % count

@@ -43,7 +43,11 @@ def chip(device: torch.device) -> Chip:
 
 
 def _mend_interpreter() -> None:
-    """Triton 3.6 turns arrays of one element to int, as in `range(tensor)`, by int(array), which NumPy 2.4 refuses."""
+    """Two repairs of Triton 3.6's interpreter.
+
+    It turns arrays of one element to int, as in `range(tensor)`, by int(array), which NumPy 2.4 refuses. And it
+    searches the modules of Triton's language at each call of a helper inside a kernel, a third of the whole time.
+    """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -53,6 +57,15 @@ def _mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_and_mend
+    searched: set[int] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in searched:
+            searched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
 
 
 if TRITON_INTERPRETS:
