@@ -183,7 +183,8 @@ def interval_attention(
 
     Example:
         >>> q, k, v = torch.randn(3, 10, 2, 16)
-        >>> start, stop = vlkern.masks.documents(torch.tensor([0, 4, 10], dtype=torch.int32)).bounds(10)
+        >>> from vlkern import masks
+        >>> start, stop = masks.documents(torch.tensor([0, 4, 10], dtype=torch.int32)).bounds(10)
         >>> out = vlkern.ops.interval_attention(q, k, v, start, stop)
     """
     return interval_attention_lse(q, k, v, start, stop, scale=scale, softcap=softcap)[0]
