@@ -26,7 +26,7 @@ _VISION = {**_TOWER, "hidden_size": 32, "num_attention_heads": 2, "patch_size": 
 _TEXT = {**_TOWER, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 9}
 _TEXT |= {"projection_size": 32, "bos_token_id": None, "eos_token_id": 1}
 _GEMMA = {**_TOWER, "hidden_size": 32, "head_dim": 24, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
-_GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 24}
+_GEMMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 20}
 _GEMMA |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 _WINDOWS = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 

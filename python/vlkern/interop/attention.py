@@ -131,7 +131,6 @@ def _unregister() -> None:
     with _lock:
         _entered -= 1
         if not _entered:
-            _names.clear()
             for registry in (AttentionInterface, AttentionMaskInterface):
                 del registry._global_mapping[NAME]  # the mapping that register writes; there is no method for it
 
@@ -214,10 +213,11 @@ def _mask(
             stop = torch.maximum(torch.minimum(stop, reach.int()), start)
         return torch.stack((start, stop), 1)[..., None]
 
-    rows = q_length if torch.compiler.is_compiling() else max(1, _BLOCK // (batch_size * kv_length))
+    # Compiled code fuses the Booleans away, and a loop would fix the length.
+    rows = None if torch.compiler.is_compiling() else max(1, _BLOCK // (batch_size * kv_length))
     blocks = []
-    for first in range(0, q_length, rows):
-        count = min(rows, q_length - first)
+    for first in (0,) if rows is None else range(0, q_length, rows):
+        count = q_length if rows is None else min(rows, q_length - first)
         visible = sdpa_mask(
             batch_size, count, kv_length, q_offset + first, kv_offset, **shared, allow_is_causal_skip=False
         )
