@@ -375,6 +375,7 @@ def test_files_that_do_not_fit(change, message, tmp_path):
         ({"yx": torch.zeros(62, 3, dtype=torch.int32)}, r"yx must have shape \[62, 2\], got \[62, 3\]"),
         ({"yx": torch.zeros(62, 2)}, "yx must be int32 or int64, got torch.float32"),
         ({"yx": torch.ones(62, 2).int()}, r"inside its image, got \[1, 1\] for token 15 of an image of \[1, 1\]"),
+        ({"yx": torch.zeros(62, 2, device="meta").int()}, "yx must be on the device of patches, cpu, got meta"),
         ({"hw": torch.ones(4, 2, dtype=torch.int32)}, r"hw must have shape \[5, 2\], got \[4, 2\]"),
         ({"hw": torch.tensor([[3, 5], [1, 1], [2, 9], [6, 0], [4, 4]])}, r"hw must be at least 1 row and 1 column, got "
          r"\[6, 0\] for image 3"),

@@ -297,8 +297,8 @@ class Navit(nn.Module):
 
         Raises:
             TypeError: an argument is no tensor, or of another dtype.
-            ValueError: shapes do not fit, cu_seqlens does not go from 0 to T, there is no image, one has no area, or a
-                patch lies outside of its image or of the learned table.
+            ValueError: shapes or devices do not fit, cu_seqlens does not go from 0 to T, there is no image, one has no
+                area, or a patch lies outside of its image or of the learned table.
         """
         return siglip.unit(self.vision_model(patches, cu_seqlens, yx, hw))
 
@@ -412,6 +412,8 @@ def _check_images(
     check_cu_seqlens(cu_seqlens, len(patches), empty=True)
     _integers("yx", yx, (len(patches), 2))
     _integers("hw", hw, (len(cu_seqlens) - 1, 2))
+    for name, value in (("cu_seqlens", cu_seqlens), ("yx", yx), ("hw", hw)):
+        _checks.on_device(name, value, "patches", patches)
     if not _checks.values_may_be_read(cu_seqlens, yx, hw):
         return
     if bool((none := (hw < 1).any(1)).any()):
@@ -430,5 +432,6 @@ def _check_images(
 def _check_texts(c: TextConfig, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     _integers("ids", ids, (len(ids),) if ids.dim() else (0,))
     check_cu_seqlens(cu_seqlens, len(ids), empty=True)
+    _checks.on_device("cu_seqlens", cu_seqlens, "ids", ids)
     if _checks.values_may_be_read(cu_seqlens) and (longest := int(cu_seqlens.diff().max())) > c.length:
         raise ValueError(f"texts must have at most {c.length} tokens, got {longest}")
