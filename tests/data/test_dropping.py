@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlkern.data.dropping import Beta, ByLength, BySeen, Constant, keep
@@ -56,6 +56,7 @@ def test_by_seen():
     assert BySeen(5, 1, 0.1, 0.3).rates(torch.ones(1), 10**6, generator()).item() == pytest.approx(0.3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(0, 0.999)), max_size=12), st.integers(0, 2**32))
 def test_keep(images, seed):
     lengths = torch.tensor([n for n, _ in images], dtype=torch.int64)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlkern.data.dropping import ByLength, keep
@@ -44,6 +44,7 @@ def test_between_reaches_its_edges():
     assert between(torch.tensor([0.0, 1.0], dtype=torch.float64), -2, 2, 0, 1).tolist() == pytest.approx([-2, 2])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.floats(1, 600), st.integers(1, 40))
 def test_grid_never_exceeds_its_area_and_keeps_the_aspect_ratio(height, width, resolution, patch):
     area = max((resolution / patch) ** 2, 1)
