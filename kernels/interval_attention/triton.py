@@ -20,6 +20,9 @@ from vlkern._triton import Chip, chip
 
 _LOG2_E = 1.4426950408889634
 
+#: Blocks of queries whose bounds a program looks at together: at first for all, then among those it may need.
+_SCAN, _CHUNK = 256, 32
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -235,7 +238,7 @@ def _attend(
     return o1, o2, top, total
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk"])
+@triton.jit(do_not_specialize=["Nq", "Nk", "group"])
 def _fwd(
     p_q, p_k, p_v, p_start, p_stop, p_out, p_lse, Nq, Nk, group, q_pitch, k_pitch, v_pitch, q_head, k_head, v_head,
     factor, cap, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, E: tl.constexpr, E1: tl.constexpr,
@@ -330,7 +333,7 @@ def _query_gradient(
     return dq1, dq2
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk"])
+@triton.jit(do_not_specialize=["Nq", "Nk", "group"])
 def _bwd_dq(
     p_g, p_q, p_k, p_v, p_start, p_stop, p_rows, p_dq, Nq, Nk, group, g_pitch, q_pitch, k_pitch, v_pitch,
     g_head, q_head, k_head, v_head, factor, cap, scale, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -402,7 +405,7 @@ def _range(m, b):
     return tl.min(tl.where(m, b, 1 << 30), 0), tl.max(tl.where(m, b + 1, 0), 0), tl.sum(m.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["Nq", "Nk"])
+@triton.jit(do_not_specialize=["Nq", "Nk", "group"])
 def _bwd_dkdv(
     p_g, p_q, p_k, p_v, p_start, p_stop, p_rows, p_hulls, p_dk, p_dv, Nq, Nk, group,
     g_pitch, q_pitch, k_pitch, v_pitch, g_head, q_head, k_head, v_head, factor, cap, scale,
@@ -537,6 +540,6 @@ def interval_attention_backward(
     if nk:
         _bwd_dkdv[(triton.cdiv(nk, t.bn), hkv)](
             grad, q, k, v, start, stop, rows, hulls, dk, dv, nq, nk, hq // hkv, *pitches, factor, cap, scale, *dims,
-            capped, c.precision, t.bm, t.bn, 256, 32, num_warps=t.warps, num_stages=t.stages,
+            capped, c.precision, t.bm, t.bn, _SCAN, _CHUNK, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return dq, dk, dv

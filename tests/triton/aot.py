@@ -3,6 +3,7 @@
     python tests/triton/aot.py                    the table on standard output
     python tests/triton/aot.py --update           the table to bench/results/aot/triton-<version>.json
     python tests/triton/aot.py --ptx FOLDER       keep the PTX as well
+    python tests/triton/aot.py --part             only what the tests compile
 
 The launchers themselves run: on meta tensors of the benchmarked shapes, with a driver that names the chip and launches
 nothing. So the kernels are compiled with exactly the configurations, constants and alignments of a call on that chip.
@@ -39,6 +40,8 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 TABLE = Path(__file__).parents[2] / "bench" / "results" / "aot" / f"triton-{VERSION}.json"
 CHIPS = {"sm_80": _triton.A100, "sm_90": _triton.H200, "sm_100": _triton.B200}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: Rooms whose kernels take minutes to compile for every shape -> the shape that the tests compile, in bfloat16.
+SLOW = {"interval_attention": "packed_images_so400m"}
 TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 LOG = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
@@ -103,7 +106,18 @@ def compiled(op: Op, sample: Any, dtype: torch.dtype, on: Driver) -> Iterator[tu
     return ((metadata, *texts) for metadata, texts in zip(on.kernels, found, strict=True))
 
 
-def table(keep: Path | None = None) -> list[dict[str, Any]]:
+def shapes(op: Op, dtype: torch.dtype, part: bool) -> list[Any]:
+    """The benchmarked shapes, and the largest of the others: a ragged one, whose kernels have masks."""
+    samples = import_module(f"vlkern.kernels.{op.name}.samples").SAMPLES
+    chosen = [s for s in samples if s.bench] + [[s for s in samples if not s.bench][-1]]
+    if op.name not in SLOW:
+        return chosen
+    if part:
+        return [s for s in chosen if s.name == SLOW[op.name] and dtype == torch.bfloat16]
+    return chosen if dtype == torch.bfloat16 else chosen[:1]
+
+
+def table(keep: Path | None = None, part: bool = False) -> list[dict[str, Any]]:
     """One row per compiled kernel: where it comes from, and registers, spills, stack, shared memory, tensor cores."""
     triton.knobs.compilation.always_compile = True
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -113,11 +127,8 @@ def table(keep: Path | None = None) -> list[dict[str, Any]]:
         driver.set_active(on)  # type: ignore[arg-type]
         _triton.STAND_IN[0] = chip
         for op in (op for op in REGISTRY.values() if "triton" in op.backends):
-            samples = import_module(f"vlkern.kernels.{op.name}.samples").SAMPLES
-            # The benchmarked shapes, and the largest of the others: a ragged one, whose kernels have masks.
-            chosen = [s for s in samples if s.bench] + [[s for s in samples if not s.bench][-1]]
             for dtype_name, dtype in DTYPES.items():
-                for sample in chosen:
+                for sample in shapes(op, dtype, part):
                     for metadata, ptx, log in compiled(op, sample, dtype, on):
                         stack, stores, loads, registers = map(int, LOG.search(log).groups())  # type: ignore[union-attr]
                         name = f"{op.name}{metadata.name} {dtype_name} {sample.name}"
@@ -144,10 +155,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} instead of printing it")
     parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="keep the PTX of every kernel here")
+    parser.add_argument("--part", action="store_true", help="of kernels that compile slowly one shape each")
     options = parser.parse_args()
     if options.ptx:
         options.ptx.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(row) for row in table(options.ptx))
+    rows = ",\n".join(json.dumps(row) for row in table(options.ptx, options.part))
     text = f'{{"triton": "{triton.__version__}", "kernels": [\n{rows}\n]}}\n'
     if options.update:
         TABLE.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from vlkern import _triton
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import REGISTRY
+from vlkern.kernels.interval_attention import samples as attention_samples
+from vlkern.kernels.interval_attention import triton as attention
 from vlkern.kernels.rms_norm import triton as rms_norm
 from vlkern.kernels.sigmoid_loss import reference
 from vlkern.kernels.sigmoid_loss import triton as sigmoid_loss
@@ -38,7 +40,12 @@ def launched(monkeypatch):
     """Kernel name -> grids it was launched with. The kernels must be registered and will be interpreted."""
     assert TRITON_INTERPRETS
     kernels = {}
-    for room, names in ((rms_norm, ("_fwd", "_row_means", "_bwd")), (sigmoid_loss, ("_logits",))):
+    rooms = [
+        (rms_norm, ("_fwd", "_row_means", "_bwd")),
+        (sigmoid_loss, ("_logits",)),
+        (attention, ("_prepare", "_bwd_dq", "_bwd_dkdv")),
+    ]
+    for room, names in rooms:
         for name in names:
             kernels[name] = Counted(getattr(room, name))
             monkeypatch.setattr(room, name, kernels[name])
@@ -190,6 +197,70 @@ def test_sigmoid_loss_holds_no_square(launched):
     with Largest() as seen:
         sigmoid_loss.sigmoid_loss(*args)
     assert seen.numel < 4 * b * 16
+
+
+def attention_bounds(kind, n):
+    """A window; the same with two queries that see everything; blocks without any key; intervals in no order."""
+    i = torch.arange(n, dtype=torch.int32)
+    start, stop = (i - 20).clamp(min=0), i + 1
+    if kind == "global":
+        start[[0, n // 2]], stop[[0, n // 2]] = 0, n
+    elif kind == "holes":
+        stop[40:110] = start[40:110]
+    elif kind == "shuffled":
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        start, stop = start[order], stop[order]
+    return start, stop
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["window", "global", "holes", "shuffled"])
+def test_attention_finds_the_queries_of_a_key(launched, monkeypatch, kind, dtype):
+    """With tiles so small that a key tile's queries lie in several chunks of blocks."""
+    pick, small = attention.pick, attention.Tile(16, 16, 4, 1)
+    monkeypatch.setattr(attention, "pick", lambda *call: replace(pick(*call), dq=small, dkdv=small))
+    monkeypatch.setattr(attention, "_SCAN", 4)
+    monkeypatch.setattr(attention, "_CHUNK", 2)
+    n, g = 130, torch.Generator().manual_seed(1)
+    q, k, v, grad = torch.randn(4, n, 1, 16, generator=g).to(dtype)
+    start, stop = attention_bounds(kind, n)
+    out, lse = run("interval_attention", "interval_attention", "reference", q, k, v, start, stop, 0.25, None)
+    args = (grad, torch.randn(n, 1, generator=g), q, k, v, out, lse, start, stop, 0.25, None)
+    agrees(
+        "interval_attention",
+        "interval_attention_backward",
+        args,
+        attention_samples.magnitudes(grad, *args[2:5], start, stop),
+    )
+    assert launched["_bwd_dq"] == launched["_bwd_dkdv"] == [(9, 1)] * 2
+
+
+def test_attention_holds_no_square(launched):
+    n, g = 600, torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, n, 1, 8, generator=g).half()
+    bounds = attention_bounds("window", n)
+    with Largest() as seen:
+        out, lse = attention.interval_attention(q, k, v, *bounds, 0.25, None)
+        attention.interval_attention_backward(q, None, q, k, v, out, lse, *bounds, 0.25, None)
+    assert launched["_bwd_dkdv"]
+    assert seen.numel <= n * 8
+
+
+@pytest.mark.parametrize("d", [8, 24, 64, 72, 80, 88, 96, 128, 136, 192, 256])
+@pytest.mark.parametrize("on", [_triton.A100, _triton.H200, _triton.B200, _triton.Chip(86, 82, 99 << 10)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_configurations_keep_their_bounds(d, on, dtype):
+    one, two = attention.widths(d, dtype)
+    assert d <= one + two <= max(16, 2 * d)
+    assert {one & (one - 1), two & (two - 1)} == {0}
+    if d in (72, 80):
+        assert (one, two) == (64, 16)
+    for dv in (8, d, 256):
+        c = attention.pick((d, dv), dtype, on)
+        both = sum(attention.widths(d, dtype)) + sum(attention.widths(dv, dtype))
+        for tile, rows in ((c.forward, c.forward.bn), (c.dq, c.dq.bm + c.dq.bn), (c.dkdv, c.dkdv.bm + c.dkdv.bn)):
+            assert rows * both * dtype.itemsize <= on.shared, (tile, d, dv)
+            assert 1 <= tile.stages <= 3
 
 
 @pytest.mark.parametrize("m", [1, 500, 2816, 8192, 32768, 100_000, 1 << 20])
