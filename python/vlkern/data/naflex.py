@@ -27,7 +27,7 @@ class NaflexSize:
 
     Example:
         >>> NaflexSize(patch=16, max_patches=256)(480, 640)
-        (208, 288)
+        (224, 288)
     """
 
     patch: int

@@ -43,7 +43,7 @@ def grid_within(height: int, width: int, patch: int, max_patches: int) -> tuple[
 
     Example:
         >>> grid_within(480, 640, patch=16, max_patches=256)
-        (13, 18)
+        (14, 18)
     """
     for name, value in (("height", height), ("width", width), ("patch", patch), ("max_patches", max_patches)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
