@@ -44,6 +44,7 @@ SAMPLES = [
     Sample("several_blocks", (300, 211), hq=1, hkv=1, d=256),
     Sample("packed_images", PACKED, hq=12, hkv=12, d=64, bench=True),
     Sample("packed_images_so400m", PACKED, hq=12, hkv=12, d=72, bench=True),
+    Sample("packed_images_128", PACKED, hq=8, hkv=4, d=128, bench=True),
     Sample("causal_4k", (4096,), hq=8, hkv=4, d=64, mask="causal", bench=True),
     Sample("window_4k", (4096,), hq=8, hkv=4, d=64, mask="window", window=1024, bench=True),
     Sample("window_8k", (8192,), hq=8, hkv=4, d=64, mask="window", window=1024, bench=True),
