@@ -20,8 +20,10 @@
 
 #include "simd.h"
 
+#ifndef VLKERN_AMX_TARGET  // empty where the instructions are emulated
 #define VLKERN_AMX_TARGET \
   __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#endif
 
 namespace vlkern::amx {
 
@@ -58,41 +60,50 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Registers 0..3 hold C[0:16, 0:16], C[0:16, 16:32], C[16:32, 0:16], C[16:32, 16:32] of a 32 x 32 block.
+// Registers 0..3 hold C[0:16, 0:16], C[0:16, 16:32], C[16:32, 0:16], C[16:32, 16:32] of a 32 x 32 block; a block
+// that is not tall lacks the last 16 rows, one that is not wide the last 16 columns.
+template <bool Tall = true, bool Wide = true>
 VLKERN_AMX_TARGET inline void zero_block() {
   _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if constexpr (Wide) _tile_zero(1);
+  if constexpr (Tall) _tile_zero(2);
+  if constexpr (Tall && Wide) _tile_zero(3);
 }
 
+template <bool Tall = true, bool Wide = true>
 VLKERN_AMX_TARGET inline void load_block(const float* c, int64_t stride) {
   _tile_loadd(0, c, stride * 4);
-  _tile_loadd(1, c + 16, stride * 4);
-  _tile_loadd(2, c + 16 * stride, stride * 4);
-  _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+  if constexpr (Wide) _tile_loadd(1, c + 16, stride * 4);
+  if constexpr (Tall) _tile_loadd(2, c + 16 * stride, stride * 4);
+  if constexpr (Tall && Wide) _tile_loadd(3, c + 16 * stride + 16, stride * 4);
 }
 
+template <bool Tall = true, bool Wide = true>
 VLKERN_AMX_TARGET inline void store_block(float* c, int64_t stride) {
   _tile_stored(0, c, stride * 4);
-  _tile_stored(1, c + 16, stride * 4);
-  _tile_stored(2, c + 16 * stride, stride * 4);
-  _tile_stored(3, c + 16 * stride + 16, stride * 4);
+  if constexpr (Wide) _tile_stored(1, c + 16, stride * 4);
+  if constexpr (Tall) _tile_stored(2, c + 16 * stride, stride * 4);
+  if constexpr (Tall && Wide) _tile_stored(3, c + 16 * stride + 16, stride * 4);
 }
 
 // C += A B over `k_tiles` tiles; a and b point at the first of two neighbouring panels, `a_panel` and
 // `b_panel` apart.
+template <bool Tall = true, bool Wide = true>
 VLKERN_AMX_TARGET inline void multiply_block(const bf16* a, int64_t a_panel, const bf16* b, int64_t b_panel,
                                              int64_t k_tiles) {
   for (int64_t k = 0; k < k_tiles; ++k, a += kTile, b += kTile) {
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + b_panel, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + a_panel, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Wide) {
+      _tile_loadd(7, b + b_panel, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (Tall) {
+      _tile_loadd(5, a + a_panel, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (Wide) _tile_dpbf16ps(3, 5, 7);
+    }
   }
 }
 
@@ -186,6 +197,21 @@ VLKERN_AMX_TARGET inline void round_block(const float* c, bf16* a0, bf16* a1, bf
     _mm512_storeu_si512(b0 + 16 * i, interleave(half[0][0], half[1][0]));
     _mm512_storeu_si512(b1 + 16 * i, interleave(half[0][1], half[1][1]));
   }
+}
+
+// The same, in one of the two orders.
+VLKERN_AMX_TARGET inline void round_block_a(const float* c, bf16* a0, bf16* a1) {
+  for (int i = 0; i < 32; ++i)
+    _mm512_storeu_si512((i < 16 ? a0 : a1) + 32 * (i % 16),
+                        (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + 32 * i + 16), _mm512_loadu_ps(c + 32 * i)));
+}
+VLKERN_AMX_TARGET inline void round_block_b(const float* c, bf16* b0, bf16* b1) {
+  for (int i = 0; i < 16; ++i)
+    for (int h = 0; h < 2; ++h) {
+      const float* pair = c + 64 * i + 16 * h;
+      _mm512_storeu_si512((h ? b1 : b0) + 32 * i, interleave((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(pair)),
+                                                             (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(pair + 32))));
+    }
 }
 
 }  // namespace vlkern::amx

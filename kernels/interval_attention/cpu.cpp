@@ -1,7 +1,9 @@
 // Interval attention on the CPU: checks, cuts, threads. The arithmetic is in cpu_kernel.inc, compiled for each
-// instruction set.
+// instruction set, and for bf16 on AMX tiles in cpu_amx.h.
+#include <bit>
 #include <cmath>
 
+#include "amx.h"
 #include "arena.h"
 #include "cpu_problem.h"
 #include "simd.h"
@@ -37,6 +39,13 @@ namespace vlkern::avx512 {
 }  // namespace vlkern::avx512
 #undef VLKERN_LANES
 #pragma GCC pop_options
+
+#ifdef VLKERN_AMX
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")
+#include "cpu_amx.h"
+#pragma GCC pop_options
+#endif
 #endif
 
 namespace vlkern {
@@ -67,12 +76,25 @@ struct Avx512 {
   template <class T>
   using BackwardWorker = avx512::BackwardWorker<T>;
 };
+#ifdef VLKERN_AMX
+struct Amx {
+  static constexpr int64_t kRows = attention::tiles::kBlockRows;
+  template <class>
+  using ForwardWorker = attention::tiles::ForwardWorker;
+  template <class>
+  using BackwardWorker = attention::tiles::BackwardWorker;
+};
+#endif
 #endif
 
-// Calls f with the kernels of the best instruction set that this CPU has.
-template <class F>
+// Calls f with the kernels of the best instruction set that this CPU has for tensors of T.
+template <class T, class F>
 void with_kernels(F&& f) {
 #ifdef VLKERN_LEVELS
+#ifdef VLKERN_AMX
+  if constexpr (std::is_same_v<T, bf16>)
+    if (amx::available()) return f.template operator()<Amx>();
+#endif
   if (__builtin_cpu_supports("x86-64-v4")) return f.template operator()<Avx512>();
   if (__builtin_cpu_supports("x86-64-v3")) return f.template operator()<Avx2>();
 #endif
@@ -144,7 +166,7 @@ std::tuple<Tensor, Tensor> interval_attention(const Tensor& q_, const Tensor& k_
       std::fill_n(c.out.at(i, 0), query_heads * v.size(2), T(0.0f));
       std::fill_n(c.lse + i * query_heads, query_heads, -INFINITY);
     }
-    with_kernels([&]<class Kernels>() { run_forward<Kernels>(c); });
+    with_kernels<T>([&]<class Kernels>() { run_forward<Kernels>(c); });
   });
   return {out, lse};
 }
@@ -178,38 +200,62 @@ VLKERN_SIMD void add_and_round(float* part, int64_t parts, int64_t stride, T* ou
   for (int64_t j = 0; j < n; ++j) out[j] = from_float<T>(part[j]);
 }
 
-// A task is a family of documents and one query head. It owns its dq; dk and dv are summed up in float, and rounded
-// when all query heads of a group are done.
-template <class Kernels, class T>
-void run_backward(const Backward<T>& c, Tensor& dk_, Tensor& dv_) {
-  const int64_t d = c.q.width, dv = c.v.width, keys = dk_.size(0), count = c.query_heads;
-  std::vector<Family> found = families(segments(c.bounds));
-  std::stable_sort(found.begin(), found.end(), [](const Family& a, const Family& b) { return a.work() > b.work(); });
-  Tensor sums = empty(dk_, {count, keys * (d + dv)}, ScalarType::Float);
-  auto sums_of = [&](int64_t head, const Family& f) {
-    float* base = sums.mutable_data_ptr<float>() + head * keys * (d + dv);
-    return std::pair(base + f.lo * d, base + keys * d + f.lo * dv);
+// Rows without keys, and keys that no family has, get zero gradients.
+template <class T>
+void fill_gaps(const Bounds& bounds, const std::vector<Family>& by_key, Tensor& dq, Tensor& dk, Tensor& dv) {
+  auto clear = [](Heads<T> x, int64_t heads, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::fill_n(x.at(i, 0), heads * x.width, T(0.0f));
   };
-  share(int64_t(found.size()) * count, [&] {
-    return [&, worker = typename Kernels::template BackwardWorker<T>(c)](int64_t task) mutable {
-      const Family& f = found[task / count];
-      auto [dk, dvs] = sums_of(task % count, f);
-      std::fill_n(dk, (f.hi - f.lo) * d, 0.0f);
-      std::fill_n(dvs, (f.hi - f.lo) * dv, 0.0f);
-      worker.family(f, task % count, dk, dvs);
-    };
-  });
+  for (int64_t i = 0; i < dq.size(0); ++i)
+    if (bounds.empty(i)) clear(mutable_heads<T>(dq), dq.size(1), i, i + 1);
+  int64_t end = 0;
+  for (size_t f = 0; f <= by_key.size(); ++f) {
+    int64_t begin = end, next = f < by_key.size() ? by_key[f].lo : dk.size(0);
+    clear(mutable_heads<T>(dk), dk.size(1), begin, next);
+    clear(mutable_heads<T>(dv), dv.size(1), begin, next);
+    end = f < by_key.size() ? by_key[f].hi : next;
+  }
+}
+
+// A task is a family of documents and one query head. It owns its dq; dk and dv are summed up in float: in scratch
+// memory where no other head shares the keys, else in a tensor, to be added up when all heads of the group are done.
+template <class Kernels, class T>
+void run_backward(const Backward<T>& c, std::vector<Family> found, Tensor& dk_, Tensor& dv_) {
+  const int64_t d = c.q.width, dv = c.v.width, keys = dk_.size(0), count = c.query_heads;
+  std::stable_sort(found.begin(), found.end(), [](const Family& a, const Family& b) { return a.work() > b.work(); });
   Heads<T> dk_out = mutable_heads<T>(dk_), dv_out = mutable_heads<T>(dv_);
   const int64_t key_heads = count / c.group, stride = keys * (d + dv);
+  const bool shared = c.group > 1;
+  Tensor sums = empty(dk_, {shared ? count : 0, stride}, ScalarType::Float);
+  float* base = sums.mutable_data_ptr<float>();
+  auto finish = [&](const Family& f, int64_t head, float* dk, float* dvs) {
+    for (int64_t j = 0; j < f.hi - f.lo; ++j) {
+      add_and_round(dk + j * d, c.group, stride, dk_out.at(f.lo + j, head), d);
+      add_and_round(dvs + j * dv, c.group, stride, dv_out.at(f.lo + j, head), dv);
+    }
+  };
+  auto in_tensor = [&](const Family& f, int64_t head) {
+    return std::pair(base + head * stride + f.lo * d, base + head * stride + keys * d + f.lo * dv);
+  };
+  share(int64_t(found.size()) * count, [&] {
+    return [&, worker = typename Kernels::template BackwardWorker<T>(c), scratch = std::vector<float>()](
+               int64_t task) mutable {
+      const Family& f = found[task / count];
+      const int64_t head = task % count, length = f.hi - f.lo;
+      if (!shared) scratch.resize(std::max<size_t>(scratch.size(), length * (d + dv)));
+      auto [dk, dvs] = shared ? in_tensor(f, head) : std::pair(scratch.data(), scratch.data() + length * d);
+      std::fill_n(dk, length * d, 0.0f);
+      std::fill_n(dvs, length * dv, 0.0f);
+      worker.family(f, head, dk, dvs);
+      if (!shared) finish(f, head, dk, dvs);
+    };
+  });
+  if (!shared) return;
   share(int64_t(found.size()) * key_heads, [&] {
     return [&](int64_t task) {
       const Family& f = found[task / key_heads];
-      const int64_t head = task % key_heads;
-      auto [dk, dvs] = sums_of(head * c.group, f);
-      for (int64_t j = 0; j < f.hi - f.lo; ++j) {
-        add_and_round(dk + j * d, c.group, stride, dk_out.at(f.lo + j, head), d);
-        add_and_round(dvs + j * dv, c.group, stride, dv_out.at(f.lo + j, head), dv);
-      }
+      auto [dk, dvs] = in_tensor(f, task % key_heads * c.group);
+      finish(f, task % key_heads, dk, dvs);
     };
   });
 }
@@ -222,13 +268,15 @@ std::tuple<Tensor, Tensor, Tensor> interval_attention_backward(
   Tensor q = unit_columns(q_), k = unit_columns(k_), v = unit_columns(v_), grad = unit_columns(grad_),
          out = unit_columns(out_), lse = torch::stable::contiguous(lse_);
   const Bounds bounds = bounds_of(q, k, start, stop);
-  Tensor dq = zeros(q, shape_of(q), q.scalar_type()), dk = zeros(k, shape_of(k), k.scalar_type()),
-         dv = zeros(v, shape_of(v), v.scalar_type());
+  std::vector<Family> found = families(segments(bounds));
+  Tensor dq = empty(q, shape_of(q), q.scalar_type()), dk = empty(k, shape_of(k), k.scalar_type()),
+         dv = empty(v, shape_of(v), v.scalar_type());
   dispatch(q.scalar_type(), [&]<class T>() {
+    fill_gaps<T>(bounds, found, dq, dk, dv);
     std::vector<float> delta = mean_slopes<T>(grad, out, grad_lse);
     Backward<T> c{inputs<T>(q, k, v, bounds, scale, softcap), heads<T>(grad), lse.const_data_ptr<float>(),
                   delta.data(), mutable_heads<T>(dq)};
-    with_kernels([&]<class Kernels>() { run_backward<Kernels>(c, dk, dv); });
+    with_kernels<T>([&]<class Kernels>() { run_backward<Kernels>(c, found, dk, dv); });
   });
   return {dq, dk, dv};
 }
