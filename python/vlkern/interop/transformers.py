@@ -191,8 +191,8 @@ def _naflex_vision(entries: Mapping[str, Any], where: object) -> NaflexVisionCon
     side = math.isqrt(patches) if isinstance(patches, int) and patches > 0 else 0
     if side**2 != patches or side == 0:
         raise UserError(f"{where}: num_patches must be the square of a positive integer, got {patches!r}")
-    got["patch_size"] = _patch(got["patch_size"])
-    return _checked(where, lambda: NaflexVisionConfig(*got.values(), side))
+    got |= {"patch_size": _patch(got["patch_size"]), "side": side}
+    return _checked(where, lambda: NaflexVisionConfig(*got.values()))
 
 
 def _patch(side: Any) -> Any:
