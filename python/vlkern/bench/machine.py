@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import vlkern
+from vlkern._malloc import recycle_memory
 from vlkern.bench.rivals import open_clip_version
-from vlkern.bench.timing import Clock, race, recycle_memory
+from vlkern.bench.timing import Clock, race
 
 _MATMULS = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}
 _SLOW_MS = 1000.0

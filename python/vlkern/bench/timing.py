@@ -1,8 +1,6 @@
 """Times contestants side by side: one process, round-robin, cold caches, medians and quartiles."""
 
-import ctypes
 import gc
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,20 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 _MOST_ROUNDS, _SECONDS = 31, 3.0
-
-
-def recycle_memory() -> bool:
-    """Makes malloc keep freed blocks, as GPU allocators do, for this whole process and so for every contestant.
-
-    By default glibc maps a large tensor afresh each time, and the page faults of its first use cost more than most
-    kernels. Returns False where malloc is not glibc's.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def last_level_cache() -> int:

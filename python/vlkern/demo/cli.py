@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from vlkern import backends, data, info, models, ops
-from vlkern.bench.timing import recycle_memory
+from vlkern._malloc import recycle_memory
+from vlkern._progress import say
 from vlkern.data.text import FIRST_MERGE
 from vlkern.demo import opbench, report, training
 from vlkern.demo.progress import Bar
@@ -94,15 +95,11 @@ def _writable(folder: Path) -> Path:
     return page
 
 
-def _say(label: str, text: str) -> None:
-    print(f"{label:<10}{text}", flush=True)
-
-
 def _load(folder: Path, side: int) -> tuple[data.Pairs, data.Pairs]:
     learn, held_out = (data.load_pairs([folder / name], side) for name in ("train.tar", "test.tar"))
-    _say("data", f"{len(learn)} pictures to learn from, {len(held_out)} held out ({folder})")
+    say("data", f"{len(learn)} pictures to learn from, {len(held_out)} held out ({folder})")
     for line in learn.skipped + held_out.skipped:
-        _say("", f"left out: {line}")
+        say("", f"left out: {line}")
     return learn, held_out
 
 
@@ -110,7 +107,7 @@ def _explain(model: Siglip, batch: int) -> backends.Explanation:
     """Which backend runs the loss of a training step, and why not the others."""
     x = torch.zeros(batch, model.config.vision.width, device=model.logit_scale.device)
     explanation = backends.explain(ops.sigmoid_contrastive_loss, x, x, 10.0, -10.0)
-    _say("backend", str(explanation).replace("\n", "\n" + " " * 10))
+    say("backend", str(explanation).replace("\n", "\n" + " " * 10))
     return explanation
 
 
@@ -121,20 +118,20 @@ def _percent(value: Callable[[int], float]) -> str:
 def _show_retrieval(found: Retrieval) -> None:
     to_image, to_text = found.text_to_image, found.image_to_text
     times = to_image.recall(10) / to_image.chance(10)
-    _say("recall", f"text to image {_percent(to_image.recall)}   ({times:.1f}x chance at 10)")
-    _say("", f"image to text {_percent(to_text.recall)}")
-    _say("", f"chance        {_percent(to_image.chance)}   ({found.pictures} held-out pictures, first captions)")
+    say("recall", f"text to image {_percent(to_image.recall)}   ({times:.1f}x chance at 10)")
+    say("", f"image to text {_percent(to_text.recall)}")
+    say("", f"chance        {_percent(to_image.chance)}   ({found.pictures} held-out pictures, first captions)")
 
 
 def _measure(dtype: torch.dtype, device: str) -> list[opbench.Point]:
-    _say("loss", f"by itself, forward and backward, {str(dtype).removeprefix('torch.')}, D={opbench.WIDTH}")
+    say("loss", f"by itself, forward and backward, {str(dtype).removeprefix('torch.')}, D={opbench.WIDTH}")
     points: list[opbench.Point] = []
     for point in opbench.sweep(dtype, device, opbench.BATCHES):
         cells = [
             f"{name} {point.milliseconds[name]:7.1f} ms {point.extra_bytes[name] / 2**20:7.1f} MiB extra"
             for name in ("fused", "eager")
         ]
-        _say("", f"B={point.batch:<5} {'   '.join(cells)}   {point.speedup:.1f}x")
+        say("", f"B={point.batch:<5} {'   '.join(cells)}   {point.speedup:.1f}x")
         points.append(point)
     return points
 
@@ -157,16 +154,16 @@ def run(args: argparse.Namespace) -> int:
     size = (
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {'bfloat16' if autocast else 'float32'}"
     )
-    _say("model", f"{MODEL}, {size}, {device}, {os.cpu_count()} cores")
+    say("model", f"{MODEL}, {size}, {device}, {os.cpu_count()} cores")
     batches = training.Batches(learn, tokenizer, RECIPE.batch, args.seed)
     explanation = _explain(model, batches.batch)
 
     budget = training.Budget(args.steps, 60 * args.minutes)
-    with Bar(budget) as bar:
+    with Bar() as bar:
         history = training.train(model, RECIPE, batches, budget, autocast=autocast, show=bar.update)
     trained = f"{len(history.losses)} steps of {batches.batch} pairs"
     timed = f"{sum(history.seconds):.0f} s, {1e3 * history.median_seconds:.0f} ms a step (median)"
-    _say("trained", f"{trained} in {timed}, loss {history.losses[0]:.2f} -> {report.smooth(history.losses)[-1]:.2f}")
+    say("trained", f"{trained} in {timed}, loss {history.losses[0]:.2f} -> {report.smooth(history.losses)[-1]:.2f}")
 
     encoder = Encoder(model, tokenizer, device=device)
     images = torch.cat([encoder.images(part) for part in held_out.pixels.split(100)])
@@ -174,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     _show_retrieval(found)
     answers = best(encoder, images, args.queries, count=8)
     for query, hits in zip(args.queries, answers, strict=True):
-        _say("search", f"{query!r}: {'; '.join(held_out.captions[hit.picture][0] for hit in hits[:5])}")
+        say("search", f"{query!r}: {'; '.join(held_out.captions[hit.picture][0] for hit in hits[:5])}")
     dtype = torch.bfloat16 if autocast else torch.float32
     points = _measure(dtype, device)
 
@@ -189,5 +186,5 @@ def run(args: argparse.Namespace) -> int:
     }
     story = report.Story(facts, history, found, held_out, args.queries, answers, points, str(explanation), dtype)
     page.write_text(report.page(story), encoding="utf-8")
-    _say("wrote", f"{page} after {time.perf_counter() - start:.0f} s")
+    say("wrote", f"{page} after {time.perf_counter() - start:.0f} s")
     return 0

@@ -7,12 +7,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vlkern._progress import say
 from vlkern.errors import UserError
 from vlkern.evaluation import plots, report, tasks
 from vlkern.evaluation.encoder import Embedded, Encoder
 from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import FolderPictures, ShardPictures, open_pictures, require_some
-from vlkern.evaluation.progress import Bar, say
+from vlkern.evaluation.progress import Bar
 from vlkern.evaluation.zeroshot import TEMPLATES, load_classes, load_templates
 
 

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from vlkern._progress import say
 from vlkern.evaluation.encoder import Encoder, load_encoder
-from vlkern.evaluation.progress import say
 
 
 def whole(value: str) -> int:

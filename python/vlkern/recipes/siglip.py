@@ -10,13 +10,13 @@ from torch import nn
 
 from vlkern import data, models
 from vlkern._files import reason
+from vlkern._progress import say
 from vlkern.data.augment import change, draw
 from vlkern.errors import UserError
 from vlkern.interop import transformers  # noqa: F401  what `save` needs: after days the package may have been replaced
 from vlkern.models.siglip import Siglip
 from vlkern.recipes import contrastive
 from vlkern.recipes.contrastive import Objective, Recipe
-from vlkern.train.progress import say
 from vlkern.train.ranks import Ranks
 from vlkern.train.updates import whole
 

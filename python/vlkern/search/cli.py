@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlkern._files import write_file
+from vlkern._progress import say
 from vlkern.errors import UserError
 from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import Pictures, open_pictures
-from vlkern.evaluation.progress import Bar, say
+from vlkern.evaluation.progress import Bar
 from vlkern.evaluation.report import check_file
 from vlkern.evaluation.tables import Table
 from vlkern.search.hits import Hit, best

@@ -15,12 +15,12 @@ from torch import nn
 import vlkern
 from vlkern import data, info
 from vlkern._files import write_file
+from vlkern._progress import say
 from vlkern.data.text import FIRST_MERGE
 from vlkern.errors import UserError
 from vlkern.recipes.contrastive import Recipe
 from vlkern.train import loop
 from vlkern.train.folder import RunFolder
-from vlkern.train.progress import say
 from vlkern.train.ranks import Ranks
 from vlkern.train.settings import Settings
 from vlkern.train.task import Task

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from vlkern._files import reason, write_file
+from vlkern._progress import say
 from vlkern.errors import UserError
 from vlkern.train.board import Board
-from vlkern.train.progress import Bar, say
+from vlkern.train.progress import Bar
 
 
 def peak_memory(device: torch.device) -> int:

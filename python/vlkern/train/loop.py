@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from vlkern._progress import say
 from vlkern.errors import UserError
 from vlkern.train.checkpoint import Checkpoints, Progress
 from vlkern.train.log import Log, peak_memory
-from vlkern.train.progress import say
 from vlkern.train.ranks import Ranks
 from vlkern.train.task import Task
 from vlkern.train.updates import update

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vlkern import data, models
-from vlkern.bench.timing import recycle_memory
+from vlkern._malloc import recycle_memory
 from vlkern.data.dropping import Beta, ByLength, BySeen, Constant, Dropping
 from vlkern.data.resolution import WAYS
 from vlkern.errors import UserError

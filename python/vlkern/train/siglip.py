@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlkern import models
-from vlkern.bench.timing import recycle_memory
+from vlkern._malloc import recycle_memory
 from vlkern.errors import UserError
 from vlkern.models.naflex import Naflex, from_siglip
 from vlkern.models.siglip import Siglip, resized_config
