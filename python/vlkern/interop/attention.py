@@ -214,11 +214,11 @@ def _mask(
         return torch.stack((start, stop), 1)[..., None]
 
     # Compiled code fuses the Booleans away, and a loop would fix the length.
-    rows = None if torch.compiler.is_compiling() else max(1, _BLOCK // (batch_size * kv_length))
+    rows = None if torch.compiler.is_compiling() else max(1, _BLOCK // max(1, batch_size * kv_length))
     blocks = []
     for first in (0,) if rows is None else range(0, q_length, rows):
         count = q_length if rows is None else min(rows, q_length - first)
-        visible = sdpa_mask(
+        visible: Any = sdpa_mask(
             batch_size, count, kv_length, q_offset + first, kv_offset, **shared, allow_is_causal_skip=False
         )
         # A query that is padding itself may see padding's neighbours with a hole between; nobody looks at its output.
@@ -294,8 +294,11 @@ def _attend(
     if batch > 1:  # the sequences of the batch lie one after another
         offset = torch.arange(0, batch * keys, keys, dtype=torch.int32, device=query.device)[:, None]
         start, stop = start + offset, stop + offset
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = interval_attention(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        q,
+        k,
+        v,
         start.reshape(-1),
         stop.reshape(-1),
         scale=scaling,
