@@ -1,8 +1,8 @@
 # `make demo` and `make test` set themselves up: they need python3 (>= 3.10, with headers and venv), a C++ compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
-NATIVE := CMakeLists.txt setup.py pyproject.toml $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/* csrc/*/* kernels/*/*))
-CXX_FILES = $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/* csrc/*/* kernels/*/* tests/*/* tests/*/*/*))
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(filter %.cpp %.h %.cu %.cuh %.inc,$(wildcard csrc/* csrc/*/* kernels/*/*))
+CXX_FILES = $(filter %.cpp %.h %.cu %.cuh %.inc,$(wildcard csrc/* csrc/*/* kernels/*/* tests/*/* tests/*/*/*))
 
 .PHONY: help demo test test-compilers test-python bench lint gpu-check clean
 .DELETE_ON_ERROR:

@@ -60,8 +60,8 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Registers 0..3 hold C[0:16, 0:16], C[0:16, 16:32], C[16:32, 0:16], C[16:32, 16:32] of a 32 x 32 block; a block
-// that is not tall lacks the last 16 rows, one that is not wide the last 16 columns.
+// Registers 0..3 hold C[0:16, 0:16], C[0:16, 16:32], C[16:32, 0:16], C[16:32, 16:32] of a 32 x 32 block; a
+// block that is not tall lacks the last 16 rows, one that is not wide the last 16 columns.
 template <bool Tall = true, bool Wide = true>
 VLKERN_AMX_TARGET inline void zero_block() {
   _tile_zero(0);
@@ -202,15 +202,17 @@ VLKERN_AMX_TARGET inline void round_block(const float* c, bf16* a0, bf16* a1, bf
 // The same, in one of the two orders.
 VLKERN_AMX_TARGET inline void round_block_a(const float* c, bf16* a0, bf16* a1) {
   for (int i = 0; i < 32; ++i)
-    _mm512_storeu_si512((i < 16 ? a0 : a1) + 32 * (i % 16),
-                        (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + 32 * i + 16), _mm512_loadu_ps(c + 32 * i)));
+    _mm512_storeu_si512(
+        (i < 16 ? a0 : a1) + 32 * (i % 16),
+        (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + 32 * i + 16), _mm512_loadu_ps(c + 32 * i)));
 }
 VLKERN_AMX_TARGET inline void round_block_b(const float* c, bf16* b0, bf16* b1) {
   for (int i = 0; i < 16; ++i)
     for (int h = 0; h < 2; ++h) {
       const float* pair = c + 64 * i + 16 * h;
-      _mm512_storeu_si512((h ? b1 : b0) + 32 * i, interleave((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(pair)),
-                                                             (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(pair + 32))));
+      _mm512_storeu_si512((h ? b1 : b0) + 32 * i,
+                          interleave((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(pair)),
+                                     (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(pair + 32))));
     }
 }
 

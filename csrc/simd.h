@@ -138,8 +138,8 @@ VLKERN_INLINE F exp_polynomial(F r) {
   return p * r + 1.0f;
 }
 
-// exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, e^r, and 2^n by exponent bits.
-// Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not subnormal.
+// exp(x) for x <= 0, relative error under 2e-7: x = n ln2 + r with |r| <= ln2 / 2, e^r, and 2^n by exponent
+// bits. Below -87 the result stays at e^-87 = 1.6e-38, the last one that is not subnormal.
 VLKERN_INLINE float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;  // this way round NaN stays NaN
   float n = (x * 1.44269504f + 12582912.0f) -

@@ -1,5 +1,5 @@
-// Interval attention on the CPU: checks, cuts, threads. The arithmetic is in cpu_kernel.inc, compiled for each
-// instruction set, and for bf16 on AMX tiles in cpu_amx.h.
+// Interval attention on the CPU: checks, cuts, threads. The arithmetic is in cpu_kernel.inc, compiled for
+// each instruction set, and for bf16 on AMX tiles in cpu_amx.h.
 #include <bit>
 #include <cmath>
 
@@ -119,8 +119,9 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& star
   VLKERN_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v must be [tokens, heads, head dim]");
   VLKERN_CHECK(q.size(2) == k.size(2) && q.size(2) % 8 == 0 && v.size(2) % 8 == 0,
                "head dims must be multiples of 8, those of q and k equal");
-  VLKERN_CHECK(k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-               "k and v must have as many tokens and heads, q a multiple of the heads");
+  VLKERN_CHECK(
+      k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+      "k and v must have as many tokens and heads, q a multiple of the heads");
   VLKERN_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                "q, k and v must have one dtype");
   for (const Tensor* t : {&start, &stop})
@@ -136,8 +137,8 @@ Bounds bounds_of(const Tensor& q, const Tensor& k, const Tensor& start, const Te
 template <class T>
 Inputs<T> inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Bounds& b, double scale,
                  std::optional<double> softcap) {
-  return {heads<T>(q), heads<T>(k), heads<T>(v), b, q.size(1), q.size(1) / k.size(1), float(scale),
-          float(softcap.value_or(0))};
+  return {heads<T>(q), heads<T>(k),           heads<T>(v),  b,
+          q.size(1),   q.size(1) / k.size(1), float(scale), float(softcap.value_or(0))};
 }
 
 template <class Kernels, class T>
@@ -151,8 +152,9 @@ void run_forward(const Forward<T>& c) {
   });
 }
 
-std::tuple<Tensor, Tensor> interval_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& start,
-                                              const Tensor& stop, double scale, std::optional<double> softcap) {
+std::tuple<Tensor, Tensor> interval_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                              const Tensor& start, const Tensor& stop, double scale,
+                                              std::optional<double> softcap) {
   check(q_, k_, v_, start, stop);
   Tensor q = unit_columns(q_), k = unit_columns(k_), v = unit_columns(v_);
   const Bounds bounds = bounds_of(q, k, start, stop);
@@ -160,7 +162,8 @@ std::tuple<Tensor, Tensor> interval_attention(const Tensor& q_, const Tensor& k_
   Tensor out = empty(q, {rows, query_heads, v.size(2)}, q.scalar_type()),
          lse = empty(q, {rows, query_heads}, ScalarType::Float);
   dispatch(q.scalar_type(), [&]<class T>() {
-    Forward<T> c{inputs<T>(q, k, v, bounds, scale, softcap), mutable_heads<T>(out), lse.mutable_data_ptr<float>()};
+    Forward<T> c{inputs<T>(q, k, v, bounds, scale, softcap), mutable_heads<T>(out),
+                 lse.mutable_data_ptr<float>()};
     for (int64_t i = 0; i < rows; ++i) {
       if (!bounds.empty(i)) continue;
       std::fill_n(c.out.at(i, 0), query_heads * v.size(2), T(0.0f));
@@ -217,12 +220,14 @@ void fill_gaps(const Bounds& bounds, const std::vector<Family>& by_key, Tensor& 
   }
 }
 
-// A task is a family of documents and one query head. It owns its dq; dk and dv are summed up in float: in scratch
-// memory where no other head shares the keys, else in a tensor, to be added up when all heads of the group are done.
+// A task is a family of documents and one query head. It owns its dq; dk and dv are summed up in float: in
+// scratch memory where no other head shares the keys, else in a tensor, to be added up when all heads of the
+// group are done.
 template <class Kernels, class T>
 void run_backward(const Backward<T>& c, std::vector<Family> found, Tensor& dk_, Tensor& dv_) {
   const int64_t d = c.q.width, dv = c.v.width, keys = dk_.size(0), count = c.query_heads;
-  std::stable_sort(found.begin(), found.end(), [](const Family& a, const Family& b) { return a.work() > b.work(); });
+  std::stable_sort(found.begin(), found.end(),
+                   [](const Family& a, const Family& b) { return a.work() > b.work(); });
   Heads<T> dk_out = mutable_heads<T>(dk_), dv_out = mutable_heads<T>(dv_);
   const int64_t key_heads = count / c.group, stride = keys * (d + dv);
   const bool shared = c.group > 1;
@@ -238,8 +243,8 @@ void run_backward(const Backward<T>& c, std::vector<Family> found, Tensor& dk_, 
     return std::pair(base + head * stride + f.lo * d, base + head * stride + keys * d + f.lo * dv);
   };
   share(int64_t(found.size()) * count, [&] {
-    return [&, worker = typename Kernels::template BackwardWorker<T>(c), scratch = std::vector<float>()](
-               int64_t task) mutable {
+    return [&, worker = typename Kernels::template BackwardWorker<T>(c),
+            scratch = std::vector<float>()](int64_t task) mutable {
       const Family& f = found[task / count];
       const int64_t head = task % count, length = f.hi - f.lo;
       if (!shared) scratch.resize(std::max<size_t>(scratch.size(), length * (d + dv)));
@@ -261,9 +266,9 @@ void run_backward(const Backward<T>& c, std::vector<Family> found, Tensor& dk_, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> interval_attention_backward(
-    const Tensor& grad_, const std::optional<Tensor>& grad_lse, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-    const Tensor& out_, const Tensor& lse_, const Tensor& start, const Tensor& stop, double scale,
-    std::optional<double> softcap) {
+    const Tensor& grad_, const std::optional<Tensor>& grad_lse, const Tensor& q_, const Tensor& k_,
+    const Tensor& v_, const Tensor& out_, const Tensor& lse_, const Tensor& start, const Tensor& stop,
+    double scale, std::optional<double> softcap) {
   check(q_, k_, v_, start, stop);
   Tensor q = unit_columns(q_), k = unit_columns(k_), v = unit_columns(v_), grad = unit_columns(grad_),
          out = unit_columns(out_), lse = torch::stable::contiguous(lse_);

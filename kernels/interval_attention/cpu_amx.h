@@ -1,9 +1,11 @@
-// bf16 attention on AMX tiles. Panels, masks, softmax and slopes are those of cpu_kernel.inc, with 32 rows a panel; the
-// products are tiles:
+// bf16 attention on AMX tiles. Panels, masks, softmax and slopes are those of cpu_kernel.inc, with 32 rows a
+// panel; the products are tiles:
 //   forward    S^T = K Q^T        O^T += V^T P^T
-//   backward   S^T, dP^T = V G^T  dQ^T += K^T dS^T     and for all panels of a block at once  dV += P^T G, dK += dS^T Q
-// Packed operands are [16 rows or columns][inner dimension / 32][tile], as in amx.h; what pads them is zero. Keys are
-// cut into steps of 32, so that a panel looks at up to 31 keys more than it sees, but never beyond its block's.
+//   backward   S^T, dP^T = V G^T  dQ^T += K^T dS^T     and for all panels of a block at once  dV += P^T G, dK
+//   += dS^T Q
+// Packed operands are [16 rows or columns][inner dimension / 32][tile], as in amx.h; what pads them is zero.
+// Keys are cut into steps of 32, so that a panel looks at up to 31 keys more than it sees, but never beyond
+// its block's.
 //
 // cpu.cpp includes this under `#pragma GCC target`, which lambdas, unlike attributes, inherit.
 #pragma once
@@ -19,8 +21,8 @@ constexpr int64_t kRows = 32, kPanels = 8, kBlockRows = kRows * kPanels;
 constexpr int64_t kTileKeys = 128, kSteps = kTileKeys / 32;
 
 // C [16 m, 16 n] (+)= A [16 m, 32 k] B [32 k, 16 n]. The panels of A and B are a_panel and b_panel apart.
-inline void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t a_panel, const bf16* b, int64_t b_panel,
-                     float* c, int64_t c_row, bool add) {
+inline void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t a_panel, const bf16* b,
+                     int64_t b_panel, float* c, int64_t c_row, bool add) {
   asm volatile("" ::: "memory");  // GCC 12 does not know that _tile_loadd reads memory
   auto block = [&]<bool Tall, bool Wide>(int64_t i, int64_t j) {
     float* out = c + 16 * (i * c_row + j);
@@ -42,7 +44,8 @@ inline amx::Source tokens(const Heads<const bf16>& x, int64_t begin, int64_t cou
 }
 
 // The rows of a panel, copied; lanes without a row, and rows without keys, are zero.
-inline amx::Source rows_of(const Heads<const bf16>& x, const Bounds& b, const Panel& p, int64_t head, bf16* copy) {
+inline amx::Source rows_of(const Heads<const bf16>& x, const Bounds& b, const Panel& p, int64_t head,
+                           bf16* copy) {
   for (int64_t i = 0; i < kRows; ++i) {
     bf16* row = copy + i * x.width;
     if (i < p.count && !b.empty(p.row + i))
@@ -99,14 +102,21 @@ struct Block {
 class ForwardWorker {
  public:
   explicit ForwardWorker(const Forward<bf16>& c)
-      : c_(c), d_(c.q.width), dv_(c.v.width), depth_(ceil_div(d_, 32)), across_(ceil_div(dv_, 16)), arena_(bytes()) {
-    keys_ = arena_.take<bf16>(kTileKeys / 16 * depth_ * kTile), values_ = arena_.take<bf16>(across_ * kSteps * kTile);
+      : c_(c),
+        d_(c.q.width),
+        dv_(c.v.width),
+        depth_(ceil_div(d_, 32)),
+        across_(ceil_div(dv_, 16)),
+        arena_(bytes()) {
+    keys_ = arena_.take<bf16>(kTileKeys / 16 * depth_ * kTile),
+    values_ = arena_.take<bf16>(across_ * kSteps * kTile);
     p_ = arena_.take<bf16>(2 * kSteps * kTile), copy_ = arena_.take<bf16>(kRows * d_);
     s_ = arena_.take<float>(kTileKeys * kRows), rows_ = arena_.take<float>(kRows * dv_);
     for (int64_t p = 0; p < kPanels; ++p) {
       q_[p] = arena_.take<bf16>(2 * depth_ * kTile);
-      running_[p] = {arena_.take<float>(kRows), arena_.take<float>(kRows), arena_.take<float>(across_ * 16 * kRows),
-                     arena_.take<int32_t>(kRows), arena_.take<int32_t>(kRows)};
+      running_[p] = {arena_.take<float>(kRows), arena_.take<float>(kRows),
+                     arena_.take<float>(across_ * 16 * kRows), arena_.take<int32_t>(kRows),
+                     arena_.take<int32_t>(kRows)};
     }
   }
 
@@ -127,7 +137,8 @@ class ForwardWorker {
 
  private:
   int64_t bytes() const {
-    return 2 * (kTileKeys / 16 * depth_ * kTile + across_ * kSteps * kTile + 2 * kSteps * kTile + kRows * d_) +
+    return 2 * (kTileKeys / 16 * depth_ * kTile + across_ * kSteps * kTile + 2 * kSteps * kTile +
+                kRows * d_) +
            4 * kRows * (kTileKeys + dv_) + kPanels * (4 * depth_ * kTile + 4 * kRows * (across_ * 16 + 4)) +
            64 * (6 + 6 * kPanels);
   }
@@ -143,15 +154,16 @@ class ForwardWorker {
 
   void visit(int64_t p, const Span& span, int64_t from) {
     const int64_t steps = ceil_div(span.count, 32), panel = depth_ * kTile;
-    multiply(ceil_div(span.count, 16), 2, depth_, keys_ + from / 16 * panel, panel, q_[p], panel, s_, kRows, false);
+    multiply(ceil_div(span.count, 16), 2, depth_, keys_ + from / 16 * panel, panel, q_[p], panel, s_, kRows,
+             false);
     avx512::with_kind<2>(span.edge, c_.cap > 0, [&]<int N, bool Edge, bool Cap>() {
       avx512::softmax<N, Edge, Cap, true>(s_, span, running_[p], dv_, c_.cap, c_.scale);
     });
     std::fill(s_ + span.count * kRows, s_ + steps * 32 * kRows, 0.0f);
     for (int64_t k = 0; k < steps; ++k)
       amx::round_block_b(s_ + k * 32 * kRows, p_ + k * kTile, p_ + (kSteps + k) * kTile);
-    multiply(across_, 2, steps, values_ + from / 32 * kTile, kSteps * kTile, p_, kSteps * kTile, running_[p].out,
-             kRows, true);
+    multiply(across_, 2, steps, values_ + from / 32 * kTile, kSteps * kTile, p_, kSteps * kTile,
+             running_[p].out, kRows, true);
   }
 
   void end_panel(const Panel& panel, const Running& r, int64_t head) {
@@ -193,12 +205,8 @@ class BackwardWorker {
     s_ = arena_.take<float>(kTileKeys * kRows), dp_s_ = arena_.take<float>(kTileKeys * kRows);
     rows_ = arena_.take<float>(kRows * 16 * std::max(across_, across_v_));
     for (State& s : states_)
-      s = {packed(2 * depth_),
-           packed(2 * depth_v_),
-           arena_.take<float>(across_ * 16 * kRows),
-           arena_.take<float>(kRows),
-           arena_.take<float>(kRows),
-           arena_.take<int32_t>(kRows),
+      s = {packed(2 * depth_),         packed(2 * depth_v_),      arena_.take<float>(across_ * 16 * kRows),
+           arena_.take<float>(kRows),  arena_.take<float>(kRows), arena_.take<int32_t>(kRows),
            arena_.take<int32_t>(kRows)};
   }
 
@@ -218,7 +226,8 @@ class BackwardWorker {
   int64_t bytes() const {
     int64_t tiles = kTileKeys / 16 * (depth_ + depth_v_ + 2 * kPanels) + (across_ + 2) * kSteps +
                     (across_ + across_v_ + 2 * (depth_ + depth_v_)) * kPanels;
-    int64_t floats = kRows * (2 * kTileKeys + 16 * std::max(across_, across_v_) + kPanels * (across_ * 16 + 4));
+    int64_t floats =
+        kRows * (2 * kTileKeys + 16 * std::max(across_, across_v_) + kPanels * (across_ * 16 + 4));
     return 2 * tiles * kTile + 2 * kRows * std::max(d_, dv_) + 4 * floats + 64 * (12 + 7 * kPanels);
   }
 
@@ -227,7 +236,8 @@ class BackwardWorker {
     for (int64_t p = 0; p < block.count; ++p) begin_panel(block.panels[p], p, head);
     for (int64_t tile = block.lo; tile < block.hi; tile += kTileKeys) {
       int64_t keys = std::min(kTileKeys, block.hi - tile);
-      amx::Source k = tokens(c_.k, tile, keys, head / c_.group), v = tokens(c_.v, tile, keys, head / c_.group);
+      amx::Source k = tokens(c_.k, tile, keys, head / c_.group),
+                  v = tokens(c_.v, tile, keys, head / c_.group);
       pack_a(k, keys_), pack_a(v, values_), pack_a_transposed(k, keys_t_);
       uint32_t seen[kSteps] = {};  // by which panels, as bits
       for (int64_t p = 0; p < block.count; ++p) {
@@ -279,11 +289,14 @@ class BackwardWorker {
       amx::round_block_a(s_ + k * 32 * kRows, first, first + kPanels * kTile);
       amx::round_block(dp_s_ + k * 32 * kRows, second, second + kPanels * kTile, b, b + kSteps * kTile);
     }
-    multiply(across_, 2, steps, keys_t_ + from * kTile, kSteps * kTile, ds_t_, kSteps * kTile, s.dq_t, kRows, true);
+    multiply(across_, 2, steps, keys_t_ + from * kTile, kSteps * kTile, ds_t_, kSteps * kTile, s.dq_t, kRows,
+             true);
   }
 
   // The first 16 of the 32 keys of a step, and panel p, in p_ or ds_.
-  static bf16* tile(bf16* packed, int64_t step, int64_t p) { return packed + (2 * step * kPanels + p) * kTile; }
+  static bf16* tile(bf16* packed, int64_t step, int64_t p) {
+    return packed + (2 * step * kPanels + p) * kTile;
+  }
 
   // dv += P^T G and dk += dS^T Q for the 32 keys of a step and all panels that see some of them.
   void add_keys(int64_t step, uint32_t seen, int64_t count, float* dk, float* dv) {
@@ -293,8 +306,8 @@ class BackwardWorker {
         for (bf16* packed : {tile(p_, step, p), tile(ds_, step, p)})
           for (int64_t half : {0, 1}) std::fill_n(packed + half * kPanels * kTile, kTile, bf16(0.0f));
     auto add = [&](bf16* a, const bf16* b, int64_t across, float scale, float* out, int64_t width) {
-      multiply(2, across, panels, tile(a, step, first), kPanels * kTile, b + first * kTile, kPanels * kTile, rows_,
-               16 * across, false);
+      multiply(2, across, panels, tile(a, step, first), kPanels * kTile, b + first * kTile, kPanels * kTile,
+               rows_, 16 * across, false);
       for (int64_t i = 0; i < count; ++i)
 #pragma omp simd
         for (int64_t j = 0; j < width; ++j) out[i * width + j] += scale * rows_[i * 16 * across + j];

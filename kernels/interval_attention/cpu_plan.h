@@ -1,7 +1,7 @@
 // What attention is cut into: blocks of query rows for the forward, families of documents for the backward.
 //
-// Cuts follow the intervals, so that a packed document is cut as it would be alone: its bits do not depend on its
-// neighbours.
+// Cuts follow the intervals, so that a packed document is cut as it would be alone: its bits do not depend on
+// its neighbours.
 #pragma once
 
 #include <algorithm>
@@ -32,8 +32,8 @@ struct Segment {
   int64_t lo, hi;
 };
 
-// Cuts the rows wherever the keys of the next row are apart from all keys of the rows before: between documents, in
-// a packed batch. Rows without keys end up inside a segment or in none.
+// Cuts the rows wherever the keys of the next row are apart from all keys of the rows before: between
+// documents, in a packed batch. Rows without keys end up inside a segment or in none.
 inline std::vector<Segment> segments(const Bounds& b) {
   std::vector<Segment> found;
   for (int64_t i = 0; i < int64_t(b.start.size()); ++i) {
@@ -69,7 +69,8 @@ struct Family {
 };
 
 inline std::vector<Family> families(std::vector<Segment> whole) {
-  std::stable_sort(whole.begin(), whole.end(), [](const Segment& a, const Segment& b) { return a.lo < b.lo; });
+  std::stable_sort(whole.begin(), whole.end(),
+                   [](const Segment& a, const Segment& b) { return a.lo < b.lo; });
   std::vector<Family> found;
   for (const Segment& s : whole) {
     if (found.empty() || s.lo >= found.back().hi) found.push_back({s.lo, s.hi, {}});
@@ -79,8 +80,8 @@ inline std::vector<Family> families(std::vector<Segment> whole) {
   return found;
 }
 
-// Runs work(task) for every task < count on all threads. A thread that is done takes the next one: tasks differ in
-// size, and no result depends on who computes it. `make` gives each thread its worker.
+// Runs work(task) for every task < count on all threads. A thread that is done takes the next one: tasks
+// differ in size, and no result depends on who computes it. `make` gives each thread its worker.
 template <class Make>
 void share(int64_t count, Make make) {
   std::atomic<int64_t> next = 0;
