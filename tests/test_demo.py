@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vlkern import data
-from vlkern.demo.chart import Axis, Line, draw
+from vlkern.demo import packing
+from vlkern.demo.chart import Axis, Bar, Line, bars, draw
 from vlkern.demo.report import smooth
 from vlkern.demo.training import Batches, Budget
 from vlkern.recipes.contrastive import Recipe, learning_rate
@@ -18,9 +19,10 @@ from vlkern.recipes.contrastive import Recipe, learning_rate
 SHORT = """
 import sys
 from dataclasses import replace
-from vlkern.demo import cli, opbench
+from vlkern.demo import cli, opbench, packing
 cli.RECIPE = replace(cli.RECIPE, batch=64)
 opbench.BATCHES = (64, 128)
+packing.PICTURES, packing.BATCH = 16, 8
 from vlkern.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -46,6 +48,8 @@ def test_console(short_run):
     assert "text to image @1" in printed and "image to text @1" in printed
     assert "@1  0.2 %  @5  1.2 %  @10  2.5 %" in printed  # chance
     assert len(re.findall(r"B=\d+ +fused +[\d.]+ ms +[\d.]+ MiB extra +eager +[\d.]+ ms", printed)) == 2
+    assert "packing   16 pictures, naflex-tiny: padded " in printed
+    assert len(re.findall(r"packed +[\d.]+ pictures/s +padded +[\d.]+ pictures/s +[\d.]+x", printed)) == 1
     assert len(re.findall(r"^search ", printed, re.M)) == 3
 
 
@@ -67,7 +71,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.links += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "img", "path", "circle"):
+        if tag not in ("meta", "img", "path", "circle", "rect"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -81,7 +85,7 @@ def test_report(short_run):
     _, text = short_run
     page = Page(text)
     assert page.open == []
-    assert page.tags.count("svg") == 3  # loss, time, memory
+    assert page.tags.count("svg") == 5  # loss, time, memory, tokens, pictures per second
     assert page.tags.count("img") == 3 * 8
     assert page.tags.count("table") == 2
     assert page.links and all(link.startswith("data:image/") for link in page.links)
@@ -89,7 +93,15 @@ def test_report(short_run):
     assert "http" not in words
     assert not re.search(r"\bnan\b", words, re.I)
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; more" in text and "<b>bold" not in text
-    for word in ("Searches", "Retrieval", "recall@10", "2.50 %", "eager PyTorch", "prefers-color-scheme: dark"):
+    for word in (
+        "Searches",
+        "Retrieval",
+        "recall@10",
+        "2.50 %",
+        "eager PyTorch",
+        "Packed instead",
+        "prefers-color-scheme: dark",
+    ):
         assert word in text
 
 
@@ -145,3 +157,45 @@ def test_chart_puts_points_where_they_belong():
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
     assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
     assert y0 > y2
+
+
+def test_bars_are_as_long_as_their_values():
+    svg = bars("a & b", [Bar("<x>", "rival", 200, "150 and 50", full=150), Bar("y", "ours", 100, "half")])
+    assert "a &amp; b" in svg and "&lt;x&gt;" in svg
+    full, rest, half = (float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', svg))
+    assert full + rest == pytest.approx(2 * half, abs=0.2)
+    assert full == pytest.approx(3 * rest, abs=0.4)
+    assert re.findall(r'<rect class="([^"]+)"', svg) == ["rival", "rival pale", "ours"]
+
+
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(packing, "PICTURES", 12)
+    monkeypatch.setattr(packing, "BATCH", 5)
+    return data.load_pairs([data.clipart_mini() / "test.tar"], 8).files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_counts_tokens(monkeypatch, dtype):
+    files = few_pictures(monkeypatch)
+    found = packing.measure(files, dtype, "cpu")
+    # What the shapes say, without a tower: the longer side at most 8 patches, none enlarged by more than rounding.
+    sizes = [data.decode_image(file, lambda h, w: (h, w)).shape[1:] for file in files[:12]]
+    lengths = [max(1, round(h / 8)) * max(1, round(w / 8)) for h, w in sizes]
+    assert found.pictures == 12
+    assert found.tokens == sum(lengths)
+    assert found.slots == sum(max(part) * len(part) for part in (lengths[:5], lengths[5:10], lengths[10:]))
+    assert found.wasted == pytest.approx(1 - found.tokens / found.slots)
+    assert found.speedup == pytest.approx(found.rate("packed") / found.rate("padded"))
+
+
+def test_packing_is_not_timed_if_pads_are_seen(monkeypatch):
+    files = few_pictures(monkeypatch)
+    right = packing._padded_places
+
+    def all_slots(shapes, slots):
+        at = right(shapes, slots)
+        return at._replace(stop=at.start + slots)
+
+    monkeypatch.setattr(packing, "_padded_places", all_slots)
+    with pytest.raises(RuntimeError, match="packed and padded tokens must agree"):
+        packing.measure(files, torch.float32, "cpu")

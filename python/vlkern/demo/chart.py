@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours come from the page's style sheet, so they follow its light or dark scheme."""
+"""Charts as inline SVG. Colours come from the page's style sheet, so they follow its light or dark scheme."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -90,4 +90,33 @@ def draw(lines: Sequence[Line], x: Axis, y: Axis, *, x_ticks: Sequence[float] = 
         at = _LEFT + 14, _TOP + 10 + 20 * i
         parts.append(f'<path class="line {line.kind}" d="M{at[0]} {at[1]}h22"/>')
         parts.append(f'<text x="{at[0] + 30}" y="{at[1] + 4}">{escape(line.name)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar; `kind` is its class in the style sheet, and the part beyond `full` is faint."""
+
+    name: str
+    kind: str
+    value: float
+    label: str
+    full: float = math.inf
+
+
+def bars(title: str, rows: Sequence[Bar]) -> str:
+    """Bars from zero, one below the other, as one <svg> element."""
+    left, step = 76, 48
+    top, height = 36, 40 + step * len(rows)
+    scale = (_WIDTH - left - _RIGHT) / max(row.value for row in rows)
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">']
+    parts.append(f'<text class="title" x="{_RIGHT}" y="22">{escape(title)}</text>')
+    for i, row in enumerate(rows):
+        y, full = top + step * i, min(row.value, row.full)
+        parts.append(f'<text class="end" x="{left - 8}" y="{y + 17}">{escape(row.name)}</text>')
+        for kind, start, stop in ((row.kind, 0.0, full), (f"{row.kind} pale", full, row.value)):
+            if stop > start:
+                place = f'x="{left + scale * start:.1f}" y="{y}" width="{scale * (stop - start):.1f}" height="24"'
+                parts.append(f'<rect class="{kind}" {place}/>')
+        parts.append(f'<text class="small" x="{left}" y="{y + 39}">{escape(row.label)}</text>')
     return "".join([*parts, "</svg>"])

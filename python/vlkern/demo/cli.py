@@ -1,4 +1,4 @@
-"""`vlkern demo`: read, train, search, measure the loss, write the report."""
+"""`vlkern demo`: read, train, search, measure loss and packing, write the report."""
 
 import argparse
 import itertools
@@ -14,7 +14,7 @@ from vlkern import backends, data, info, models, ops
 from vlkern._malloc import recycle_memory
 from vlkern._progress import say
 from vlkern.data.text import FIRST_MERGE
-from vlkern.demo import opbench, report, training
+from vlkern.demo import opbench, packing, report, training
 from vlkern.demo.progress import Bar
 from vlkern.errors import UserError
 from vlkern.evaluation.encoder import Encoder
@@ -136,6 +136,15 @@ def _measure(dtype: torch.dtype, device: str) -> list[opbench.Point]:
     return points
 
 
+def _pack(files: list[bytes], dtype: torch.dtype, device: str) -> packing.Packing:
+    p = packing.measure(files, dtype, device)
+    waste = f"padded {p.slots} tokens, {100 * p.wasted:.0f} % of them pads; packed {p.tokens}"
+    say("packing", f"{p.pictures} pictures, {packing.MODEL}: {waste}")
+    rates = "   ".join(f"{form} {p.rate(form):7.1f} pictures/s" for form in ("packed", "padded"))
+    say("", f"{rates}   {p.speedup:.2f}x")
+    return p
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the demo. Raises UserError for data that cannot be read or a folder that cannot be written."""
     start = time.perf_counter()
@@ -174,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         say("search", f"{query!r}: {'; '.join(held_out.captions[hit.picture][0] for hit in hits[:5])}")
     dtype = torch.bfloat16 if autocast else torch.float32
     points = _measure(dtype, device)
+    packed = _pack(held_out.files, dtype, device)
 
     at_10 = found.text_to_image.recall(10)
     facts = {
@@ -184,7 +194,9 @@ def run(args: argparse.Namespace) -> int:
         "Backend of the loss": explanation.backend,
         "Recall@10, text to image": f"{100 * at_10:.1f} % (chance {100 * found.text_to_image.chance(10):.1f} %)",
     }
-    story = report.Story(facts, history, found, held_out, args.queries, answers, points, str(explanation), dtype)
+    story = report.Story(
+        facts, history, found, held_out, args.queries, answers, points, str(explanation), packed, dtype
+    )
     page.write_text(report.page(story), encoding="utf-8")
     say("wrote", f"{page} after {time.perf_counter() - start:.0f} s")
     return 0

@@ -21,7 +21,8 @@ class Bar(LiveBar):
         recent = slice(-20, None)
         loss = sum(history.losses[recent]) / len(history.losses[recent])
         ms = 1e3 * sum(history.seconds[recent]) / len(history.seconds[recent])
-        self.draw(completed=min(progress, 1.0), loss=loss, ms=ms)
+        progress = min(progress, 1.0)
+        self.draw(completed=progress, loss=loss, ms=ms)
         if not self.live and int(10 * progress) > self._tenths:
             self._tenths = int(10 * progress)
             say("", f"{10 * self._tenths:3} %  step {len(history.losses)}  loss {loss:.3f}  {ms:.0f} ms a step")

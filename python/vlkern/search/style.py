@@ -43,11 +43,12 @@ tbody th { font-weight: 600; }
   .charts, .charts.one { grid-template-columns: minmax(0, 1fr); } }
 svg { width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; }
 svg text { fill: var(--ink); font-size: 13px; font-variant-numeric: tabular-nums; }
-svg .title { fill: var(--soft); }
+svg .title, svg .small { fill: var(--soft); } svg .small { font-size: 12px; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); }
 .line { fill: none; stroke-width: 2.5; stroke-linejoin: round; stroke-linecap: round; }
 .line.ours { stroke: var(--ours); } circle.ours { fill: var(--ours); }
 .line.rival { stroke: var(--rival); } circle.rival { fill: var(--rival); }
+rect.ours { fill: var(--ours); } rect.rival { fill: var(--rival); } rect.pale { opacity: .35; }
 .line.faint { stroke: var(--ours); stroke-width: 1; opacity: .35; }
 """
