@@ -65,7 +65,7 @@ def _mend_interpreter() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
+    interpreter.InterpretedFunction.__call__ = call
 
 
 if TRITON_INTERPRETS:
