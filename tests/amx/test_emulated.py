@@ -155,6 +155,13 @@ def test_attention_through_windows(attention, width, ordered):
     compare(attention, q, k, v, start, start + width)
 
 
+def test_attention_of_panels_that_start_inside_a_step_of_keys(attention):
+    """All 32 rows of a panel see the same keys, so that none but those that fill the step are masked."""
+    q, k, v, *_ = problem(96, 200, 1, 1, 16, 16)
+    start = torch.arange(96, dtype=torch.int32) // 32 * 37
+    compare(attention, q, k, v, start, torch.full_like(start, 200))
+
+
 def test_attention_does_not_see_its_neighbours(attention):
     """Documents of 45, 70 and 200 tokens; the first and the last hold NaN, also in the gradient that comes in."""
     q, k, v, *_ = problem(315, 315, 2, 1, 40, 24)
