@@ -1,5 +1,5 @@
-// The AMX tiles and the AVX-512 instructions of csrc/amx.h in plain C++, for machines without them. Stands in for the
-// compiler's header of this name. Tile registers that were configured but not loaded hold NaN.
+// The AMX tiles and the AVX-512 instructions of csrc/amx.h in plain C++, for machines without them. Stands in
+// for the compiler's header of this name. Tile registers that were configured but not loaded hold NaN.
 #pragma once
 
 #include <cpuid.h>
@@ -101,16 +101,19 @@ inline void _tile_zero(int t) {
 }
 inline void _tile_loadd(int to, const void* base, int64_t stride) {
   emulator::Tile& t = emulator::tile(to);
-  for (int i = 0; i < t.rows; ++i) std::memcpy(t.data[i], static_cast<const char*>(base) + i * stride, t.bytes);
+  for (int i = 0; i < t.rows; ++i)
+    std::memcpy(t.data[i], static_cast<const char*>(base) + i * stride, t.bytes);
 }
 inline void _tile_stored(int from, void* base, int64_t stride) {
   const emulator::Tile& t = emulator::tile(from);
   for (int i = 0; i < t.rows; ++i) std::memcpy(static_cast<char*>(base) + i * stride, t.data[i], t.bytes);
 }
-// c[i][j] += a[i][2 k] b[k][2 j] + a[i][2 k + 1] b[k][2 j + 1] in fp32; the hardware may sum in another order.
+// c[i][j] += a[i][2 k] b[k][2 j] + a[i][2 k + 1] b[k][2 j + 1] in fp32; the hardware may sum in another
+// order.
 inline void _tile_dpbf16ps(int c, int a, int b) {
   using Pairs = std::array<std::array<uint16_t, 32>, 16>;
-  const auto x = std::bit_cast<Pairs>(emulator::tile(a).data), y = std::bit_cast<Pairs>(emulator::tile(b).data);
+  const auto x = std::bit_cast<Pairs>(emulator::tile(a).data),
+             y = std::bit_cast<Pairs>(emulator::tile(b).data);
   __m512 even[16], odd[16], sum[16];
   for (int k = 0; k < 16; ++k)
     for (int j = 0; j < 16; ++j)
@@ -147,7 +150,8 @@ inline void _mm256_storeu_si256(__m256i* p, __m256i v) {
 }
 inline void _mm256_mask_storeu_epi16(void* p, __mmask16 mask, __m256i v) {
   for (int i = 0; i < 16; ++i)
-    if (mask >> i & 1) std::memcpy(static_cast<char*>(p) + 2 * i, reinterpret_cast<const char*>(&v) + 2 * i, 2);
+    if (mask >> i & 1)
+      std::memcpy(static_cast<char*>(p) + 2 * i, reinterpret_cast<const char*>(&v) + 2 * i, 2);
 }
 inline void _mm_prefetch(const void*, int) {}
 constexpr int _MM_HINT_T0 = 3;
@@ -175,7 +179,8 @@ inline __m256bh _mm512_cvtneps_pbh(__m512 v) {
 }
 inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   auto x = emulator::elements<float>(low), y = emulator::elements<float>(high);
-  return emulator::vector<__m512bh, uint16_t>([&](size_t i) { return emulator::round(i < 16 ? x[i] : y[i - 16]); });
+  return emulator::vector<__m512bh, uint16_t>(
+      [&](size_t i) { return emulator::round(i < 16 ? x[i] : y[i - 16]); });
 }
 
 namespace emulator {
