@@ -136,8 +136,10 @@ def interval_attention_lse(
     tensors = arguments[:3]
     backend = _op.choose(*arguments[:5])
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _IntervalAttention.apply(*arguments, backend)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward[backend](*arguments)  # type: ignore[no-any-return]
+        out, lse = _IntervalAttention.apply(*arguments, backend)
+    else:
+        out, lse = _forward[backend](*arguments)
+    return out, lse
 
 
 def interval_attention(

@@ -10,95 +10,15 @@ A head dim is read as one or two tiles whose widths are powers of two: 72 as 64 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a kernel's arguments have Triton's types)
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
 
-from vlkern._triton import Chip, chip
-
-_LOG2_E = 1.4426950408889634
+from vlkern._triton import chip
+from vlkern.kernels.interval_attention.triton_tiles import factors, pick, pitches, regular, widths
 
 #: Blocks of queries whose bounds a program looks at together: at first for all, then among those it may need.
 _SCAN, _CHUNK = 256, 32
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One kernel's launch parameters."""
-
-    bm: int
-    """Queries in a tile."""
-    bn: int
-    """Keys in a tile."""
-    warps: int
-    stages: int
-    """Steps whose loads are in flight."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Launch parameters, the same for every call with the same head dims, dtype and chip."""
-
-    forward: Tile
-    dq: Tile
-    dkdv: Tile
-    precision: str
-    """How float32 is multiplied: "tf32x3", three tensor-core products that keep 22 bits (Triton multiplies "ieee" from
-    registers and spills hundreds of them), or "tf32" if PyTorch's own matmuls may."""
-
-
-def widths(d: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The widths of the one or two tiles that hold d columns, powers of two; the second is 0 if there is but one."""
-    whole = max(16, triton.next_power_of_2(d))
-    half = whole // 2
-    rest = max(16, triton.next_power_of_2(d - half))
-    # In float32 two sums of 128 products are also more exact than one of 256.
-    return (half, rest) if half + rest < whole or (dtype == torch.float32 and whole > 128) else (whole, 0)
-
-
-def _fit(tile: Tile, holds_queries: bool, held: int, streamed: int, itemsize: int, on: Chip) -> Tile:
-    """The tile with as many stages, or if there is no room for one as many rows, as fit in the shared memory.
-
-    A program holds `held` numbers for each row of one side, while tiles of the other go by with `streamed` a row.
-    """
-    while True:
-        rows, step = (tile.bm, tile.bn) if holds_queries else (tile.bn, tile.bm)
-        stages = (on.shared // itemsize - rows * held) // (step * streamed)
-        if stages > 0 or max(rows, step) == 16:
-            return replace(tile, stages=max(1, min(tile.stages, stages)))
-        tile = replace(tile, bm=max(16, tile.bm // 2), bn=max(16, tile.bn // 2))
-
-
-def pick(shape: tuple[int, int], dtype: torch.dtype, on: Chip) -> Config:
-    """The configuration for head dims D and Dv: the largest tiles whose numbers fit in 255 registers a thread."""
-    d, dv = (sum(widths(n, dtype)) for n in shape)
-    wide, split = max(d, dv), any(widths(n, dtype)[1] for n in shape)
-    if dtype == torch.float32:  # its operands pass through the registers as well
-        if wide <= 64:
-            rows = 64 if on.arch >= 90 else 32
-            forward, dq, dkdv = Tile(rows, 32, rows // 8, 2), Tile(rows, 32, rows // 8, 2), Tile(32, 32, 8, 2)
-        elif wide <= 128:
-            forward, dq, dkdv = Tile(32, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 32, 8, 1)
-        else:
-            forward, dq, dkdv = Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)
-    elif wide <= 64:
-        forward, dq, dkdv = Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64 if on.arch < 100 else 32, 128, 8, 3)
-    elif wide <= 128:
-        forward, dq = Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)
-        dkdv = Tile(32 if split and on.arch != 90 else 64, 64, 8, 3)
-    else:
-        forward = Tile(128, 64, 8, 2) if on.arch == 90 else Tile(64, 32, 8, 2)
-        dq, dkdv = Tile(64, 64, 8, 2), Tile(32, 64, 8, 2) if on.arch < 100 else Tile(64, 64, 8, 1)
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    size = dtype.itemsize
-    return Config(
-        _fit(forward, True, d, d + dv, size, on),
-        _fit(dq, True, d + dv, d + dv, size, on),
-        _fit(dkdv, False, d + dv, d + dv, size, on),
-        "tf32" if tf32 else "tf32x3",
-    )
 
 
 @triton.jit
@@ -455,22 +375,6 @@ def _bwd_dkdv(
     _store(p_dv + h * E, j, j < Nk, tl.cast(heads, tl.int64) * E, dv1, dv2, E, E1, E2)
 
 
-def _regular(x: torch.Tensor) -> torch.Tensor:
-    """x itself where its strides let the kernels read it 16 bytes at a time with 32-bit offsets inside a tile."""
-    row, head, column = x.stride()
-    return x if column == 1 and row % 8 == head % 8 == 0 and row < 1 << 23 else x.contiguous()
-
-
-def _pitches(*tensors: torch.Tensor) -> list[int]:
-    """Distances between rows, then between heads, in units of 8 elements."""
-    return [x.stride(dim) // 8 for dim in (0, 1) for x in tensors]
-
-
-def _factors(scale: float, softcap: float | None) -> tuple[float, float, bool]:
-    """factor, cap, CAPPED of _scores."""
-    return (scale * _LOG2_E, 0.0, False) if softcap is None else (scale / softcap, softcap * _LOG2_E, True)
-
-
 def interval_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -483,14 +387,14 @@ def interval_attention(
     """See reference.py."""
     if scale < 0:
         q, scale = -q, -scale
-    q, k, v, start, stop = _regular(q), _regular(k), _regular(v), start.contiguous(), stop.contiguous()
+    q, k, v, start, stop = regular(q), regular(k), regular(v), start.contiguous(), stop.contiguous()
     (nq, hq, d), (nk, hkv, dv) = q.shape, v.shape
     out, lse = q.new_empty(nq, hq, dv), q.new_empty(nq, hq, dtype=torch.float32)
     if nq:
         c = pick((d, dv), q.dtype, chip(q.device))
         t = c.forward
         _fwd[(triton.cdiv(nq, t.bm), hq)](
-            q, k, v, start, stop, out, lse, nq, nk, hq // hkv, *_pitches(q, k, v), *_factors(scale, softcap)[:2],
+            q, k, v, start, stop, out, lse, nq, nk, hq // hkv, *pitches(q, k, v), *factors(scale, softcap)[:2],
             d, *widths(d, q.dtype), dv, *widths(dv, q.dtype), softcap is not None, c.precision, t.bm, t.bn,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -514,32 +418,32 @@ def interval_attention_backward(
     if scale < 0:  # (-q) (-scale): the same scores
         dq, dk, dv = interval_attention_backward(grad, grad_lse, -q, k, v, out, lse, start, stop, -scale, softcap)
         return -dq, dk, dv
-    grad, q, k, v, out = (_regular(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (regular(x) for x in (grad, q, k, v, out))
     start, stop, lse = start.contiguous(), stop.contiguous(), lse.contiguous()
     (nq, hq, d), (nk, hkv, e) = q.shape, v.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if not nq:
         return dq, dk.zero_(), dv.zero_()
     c = pick((d, e), q.dtype, chip(q.device))
-    factor, cap, capped = _factors(scale, softcap)
+    factor, cap, capped = factors(scale, softcap)
     dims = (d, *widths(d, q.dtype), e, *widths(e, q.dtype))
     blocks = triton.cdiv(nq, c.dkdv.bm)
     rows = q.new_empty(2, hq, nq, dtype=torch.float32)
     hulls = start.new_empty(4, blocks)
     _prepare[(blocks, hq)](
         grad, out, lse, grad_lse if grad_lse is None else grad_lse.contiguous(), start, stop, rows, hulls, nq, nk,
-        *_pitches(grad, out), *dims[3:], c.dkdv.bm,
+        *pitches(grad, out), *dims[3:], c.dkdv.bm,
     )  # fmt: skip
-    pitches = _pitches(grad, q, k, v)
+    strides = pitches(grad, q, k, v)
     t = c.dq
     _bwd_dq[(triton.cdiv(nq, t.bm), hq)](
-        grad, q, k, v, start, stop, rows, dq, nq, nk, hq // hkv, *pitches, factor, cap, scale, *dims, capped,
+        grad, q, k, v, start, stop, rows, dq, nq, nk, hq // hkv, *strides, factor, cap, scale, *dims, capped,
         c.precision, t.bm, t.bn, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     t = c.dkdv
     if nk:
         _bwd_dkdv[(triton.cdiv(nk, t.bn), hkv)](
-            grad, q, k, v, start, stop, rows, hulls, dk, dv, nq, nk, hq // hkv, *pitches, factor, cap, scale, *dims,
+            grad, q, k, v, start, stop, rows, hulls, dk, dv, nq, nk, hq // hkv, *strides, factor, cap, scale, *dims,
             capped, c.precision, t.bm, t.bn, _SCAN, _CHUNK, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return dq, dk, dv

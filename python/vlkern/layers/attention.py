@@ -30,8 +30,8 @@ def attend(q_BLKC: torch.Tensor, k_BLKC: torch.Tensor, v_BLKC: torch.Tensor) -> 
         q, k, v = (x.transpose(1, 2) for x in (q_BLKC, k_BLKC, v_BLKC))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     first = torch.arange(batch, dtype=torch.int32).mul(length).unsqueeze(1).expand(batch, length).flatten()
-    packed = (x.flatten(0, 1) for x in (q_BLKC, k_BLKC, v_BLKC))
-    return ops.interval_attention(*packed, first, first + length).unflatten(0, (batch, length))
+    q, k, v = (x.flatten(0, 1) for x in (q_BLKC, k_BLKC, v_BLKC))
+    return ops.interval_attention(q, k, v, first, first + length).unflatten(0, (batch, length))
 
 
 class SelfAttention(nn.Module):
