@@ -41,7 +41,7 @@ TABLE = Path(__file__).parents[2] / "bench" / "results" / "aot" / f"triton-{VERS
 CHIPS = {"sm_80": _triton.A100, "sm_90": _triton.H200, "sm_100": _triton.B200}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Rooms whose kernels take minutes to compile for every shape -> the shape that the tests compile, in bfloat16.
-SLOW = {"interval_attention": "packed_images_so400m"}
+SLOW = {"interval_attention": "packed_images"}
 TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 LOG = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
