@@ -16,6 +16,7 @@ from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import REGISTRY
 from vlkern.kernels.interval_attention import samples as attention_samples
 from vlkern.kernels.interval_attention import triton as attention
+from vlkern.kernels.interval_attention.triton_tiles import Tile
 from vlkern.kernels.rms_norm import triton as rms_norm
 from vlkern.kernels.sigmoid_loss import reference
 from vlkern.kernels.sigmoid_loss import triton as sigmoid_loss
@@ -217,7 +218,7 @@ def attention_bounds(kind, n):
 @pytest.mark.parametrize("kind", ["window", "global", "holes", "shuffled"])
 def test_attention_finds_the_queries_of_a_key(launched, monkeypatch, kind, dtype):
     """With tiles so small that a key tile's queries lie in several chunks of blocks."""
-    pick, small = attention.pick, attention.Tile(16, 16, 4, 1)
+    pick, small = attention.pick, Tile(16, 16, 4, 1)
     monkeypatch.setattr(attention, "pick", lambda *call: replace(pick(*call), dq=small, dkdv=small))
     monkeypatch.setattr(attention, "_SCAN", 4)
     monkeypatch.setattr(attention, "_CHUNK", 2)
