@@ -41,7 +41,7 @@ SAMPLES = [
     Sample("window", (100,), hq=2, hkv=1, d=16, mask="window", window=24),
     Sample("pooling", (30, 1, 18), d=24, mask="cross"),
     Sample("random", (70,), hq=3, hkv=1, d=8, dv=48, mask="random"),
-    Sample("several_blocks", (300, 211), hq=1, hkv=1, d=256),
+    Sample("several_blocks", (150, 111), hq=1, hkv=1, d=256),
     Sample("packed_images", PACKED, hq=12, hkv=12, d=64, bench=True),
     Sample("packed_images_so400m", PACKED, hq=12, hkv=12, d=72, bench=True),
     Sample("packed_images_128", PACKED, hq=8, hkv=4, d=128, bench=True),
