@@ -14,7 +14,14 @@ from vlkern._op import REGISTRY
 
 NAMES = {
     "vlkern": ["__version__", "backend", "explain", "ops", "validate"],
-    "vlkern.ops": ["interval_attention", "interval_attention_lse", "linear", "rms_norm", "sigmoid_contrastive_loss"],
+    "vlkern.ops": [
+        "decode_attention",
+        "interval_attention",
+        "interval_attention_lse",
+        "linear",
+        "rms_norm",
+        "sigmoid_contrastive_loss",
+    ],
 }
 #: What the library reads while it runs, and what its build reads besides.
 ENVIRONMENT = {"VLKERN_BACKEND", "TRITON_INTERPRET"}

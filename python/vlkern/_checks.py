@@ -70,6 +70,15 @@ def number(name: str, value: Any, *, positive: bool = False) -> float:
     return float(value)
 
 
+def no_gradient(**tensors: torch.Tensor | None) -> None:
+    """None of these tensors may ask for a gradient: the op has none, and a silent stop would be worse."""
+    if not torch.is_grad_enabled():
+        return
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad:
+            raise ValueError(f"{name} must not require a gradient, this op has none: call it under torch.no_grad()")
+
+
 def autocast_dtype(t: torch.Tensor) -> torch.dtype | None:
     """The dtype to which the autocast region around the call casts `t`; None outside, for float64 and meta tensors."""
     device = t.device.type

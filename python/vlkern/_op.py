@@ -56,6 +56,7 @@ class Op:
     bind       checks the public arguments and returns them as the raw op takes them, main tensors first
     work       the same tensors -> {"flops": ..., "bytes": ...}
     limits     (backend, *tensors) -> why this backend does not support the call, or None
+    differentiable  False: the public function has no gradient and refuses tensors that ask for one
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Op:
         bind: Callable[..., tuple[Any, ...]],
         work: Callable[..., dict[str, int]],
         limits: Callable[..., str | None] | None = None,
+        differentiable: bool = True,
     ) -> None:
         self.name, self.public, self.backends = name, public, backends
+        self.differentiable = differentiable
         self.bind, self.work, self.limits = bind, work, limits
         self.forced: str | None = None
         self.raw: dict[str, dict[str, Any]] = {}
