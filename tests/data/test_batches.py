@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from vlkern._random import draws
 from vlkern.data import ByteTokenizer, DataError, PairShards, batches
-from vlkern.data.batches import Steps, _Collate, _Items, draws
+from vlkern.data.batches import Steps, _Collate, _Items
 
 TOKENIZER = ByteTokenizer(12)
 

@@ -6,31 +6,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vlkern._random import draws, mix
 from vlkern.data.pairs import DataError
 from vlkern.data.shards import PairShards
 from vlkern.data.tokenizer import Tokenizer
 
 _Item = tuple[torch.Tensor | None, str, dict[int, str]]
 _Batch = tuple[torch.Tensor, torch.Tensor, dict[int, str]]
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Splitmix64's finaliser: a bijection of uint64 whose outputs look random."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def draws(count: int, seed: int, epoch: int) -> np.ndarray:
-    """[N] uint64: a number for each sample of a pass.
-
-    Integer arithmetic instead of a library's generator, whose stream may change with its version: a run can be resumed
-    years later on another machine.
-    """
-    state = np.zeros(1, np.uint64)
-    for part in (seed, epoch):
-        state = _mix(state + np.uint64(part % 2**64) + np.uint64(0x9E3779B97F4A7C15))
-    return _mix(state + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 class Steps:
@@ -47,7 +29,7 @@ class Steps:
         while True:
             draw = draws(self.count, self.seed, epoch)
             order = np.argsort(draw, kind="stable")
-            captions = _mix(~draw)
+            captions = mix(~draw)
             for first in range(step * self.global_batch + self.offset, steps * self.global_batch, self.global_batch):
                 part = order[first : first + self.local]
                 yield list(zip(part.tolist(), captions[part].tolist(), strict=True))

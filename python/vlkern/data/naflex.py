@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vlkern._random import draws
 from vlkern.data.augment import augment
-from vlkern.data.batches import Steps, check_batches, draws
+from vlkern.data.batches import Steps, check_batches
 from vlkern.data.images import to_unit
 from vlkern.data.shards import PairShards
 from vlkern.data.tokenizer import Tokenizer
