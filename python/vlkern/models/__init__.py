@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vlkern.models import naflex, navit, siglip
+from vlkern.models import gemma, naflex, navit, siglip
 from vlkern.models.pretrained import load_pretrained, save_pretrained
 
 __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
@@ -16,6 +16,7 @@ _FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
     (siglip.PRESETS, siglip.Siglip),
     (naflex.PRESETS, naflex.Naflex),
     (navit.PRESETS, navit.Navit),
+    (gemma.PRESETS, gemma.Gemma),
 )
 
 
