@@ -23,12 +23,14 @@ BYTE_PAIRS = "byte_pairs.json"
 _WORD = re.compile(r"\s?[^\W_]+|\s?[^\w\s]+|\s+|_+")
 
 
-def _words(text: str) -> list[tuple[int, ...]]:
-    """The lower-cased text as words of byte tokens, with a blank before the first word as before the others.
+def words(text: str) -> list[tuple[int, ...]]:
+    """The lower-cased text as words of byte tokens. Lone surrogates, which have no UTF-8 form, become question marks."""
+    return [tuple(b + FIRST_BYTE for b in w.encode("utf-8", "replace")) for w in _WORD.findall(text.lower())]
 
-    Lone surrogates, which have no UTF-8 form, become question marks.
-    """
-    return [tuple(b + FIRST_BYTE for b in w.encode("utf-8", "replace")) for w in _WORD.findall(" " + text.lower())]
+
+def _words(text: str) -> list[tuple[int, ...]]:
+    """With a blank before the first word as before the others."""
+    return words(" " + text)
 
 
 def _merge(word: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int, ...]:
@@ -117,7 +119,7 @@ class ByteTokenizer:
         self._bytes = {b + FIRST_BYTE: bytes([b]) for b in range(256)}
         for i, (left, right) in enumerate(merges):
             self._bytes[FIRST_MERGE + i] = self._bytes[left] + self._bytes[right]
-        self._split = functools.lru_cache(maxsize=1 << 16)(self._split_word)
+        self.split = functools.lru_cache(maxsize=1 << 16)(self._split_word)
 
     @property
     def vocabulary(self) -> int:
@@ -143,16 +145,20 @@ class ByteTokenizer:
             raise TypeError("texts must be a sequence of strings, got one string")
         ids = torch.full((len(texts), self.length), PAD, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
-            tokens = [t for word in _words(text) for t in self._split(word)][: self.length - 1]
+            tokens = [t for word in _words(text) for t in self.split(word)][: self.length - 1]
             row[: len(tokens) + 1] = torch.tensor([*tokens, END])
         return ids
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token; b"" for pad, end and what is no token."""
+        return self._bytes.get(token, b"")
 
     def decode(self, ids: torch.Tensor) -> list[str]:
         """[B, L] -> what stands before the end token of each row; a character cut in two becomes U+FFFD."""
         texts = []
         for row in ids.tolist():
             tokens = row[: row.index(END)] if END in row else row
-            texts.append(b"".join(self._bytes.get(t, b"") for t in tokens).decode("utf-8", "replace").removeprefix(" "))
+            texts.append(b"".join(map(self.piece, tokens)).decode("utf-8", "replace").removeprefix(" "))
         return texts
 
     def save(self, folder: str | Path) -> None:
