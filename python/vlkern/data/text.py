@@ -24,7 +24,7 @@ _WORD = re.compile(r"\s?[^\W_]+|\s?[^\w\s]+|\s+|_+")
 
 
 def words(text: str) -> list[tuple[int, ...]]:
-    """The lower-cased text as words of byte tokens. Lone surrogates, which have no UTF-8 form, become question marks."""
+    """The lower-cased text as words of byte tokens. Lone surrogates, which have no UTF-8 form, become a "?"."""
     return [tuple(b + FIRST_BYTE for b in w.encode("utf-8", "replace")) for w in _WORD.findall(text.lower())]
 
 
