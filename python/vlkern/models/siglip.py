@@ -195,8 +195,8 @@ class TextEmbeddings(nn.Module):
         return self.token_embedding(ids_BL) + self.position_embedding.weight
 
 
-class VisionTower(nn.Module):
-    """Images to pooled vectors; `tokens` gives the sequence before pooling."""
+class VisionEncoder(nn.Module):
+    """Images to one vector per patch, without pooling: the eyes of a language model."""
 
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
@@ -204,7 +204,6 @@ class VisionTower(nn.Module):
         self.embeddings = VisionEmbeddings(c)
         self.encoder = Encoder(c)
         self.post_layernorm = nn.LayerNorm(c.width, eps=1e-6)
-        self.head = MapHead(c.width, c.mlp, c.heads)
 
     def tokens(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> [B, N, D], after the final LN."""
@@ -216,6 +215,18 @@ class VisionTower(nn.Module):
         if not pixels_B3HW.is_floating_point():
             raise TypeError(f"pixels must be floating-point numbers in [-1, 1], got {pixels_B3HW.dtype}")
         return self.post_layernorm(self.encoder(self.embeddings(pixels_B3HW)))
+
+    def forward(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] -> [B, N, D]: `tokens`."""
+        return self.tokens(pixels_B3HW)
+
+
+class VisionTower(VisionEncoder):
+    """Images to pooled vectors; `tokens` gives the sequence before pooling."""
+
+    def __init__(self, c: VisionConfig) -> None:
+        super().__init__(c)
+        self.head = MapHead(c.width, c.mlp, c.heads)
 
     def forward(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> [B, E], not normalised; E = D."""
