@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import forks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -19,7 +20,9 @@ def launch(body: Callable[..., Any], ranks: int, folder: Path, *arguments: Any, 
 
     A rank that raises takes the others with it and its traceback is shown. Nothing outlives `seconds`.
     """
-    context = mp.start_processes(_rank, (body, ranks, str(folder), arguments), ranks, join=False, start_method="spawn")
+    forks.context()
+    given = (body, ranks, str(folder), arguments)
+    context = mp.start_processes(_rank, given, ranks, join=False, start_method="forkserver")
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):

@@ -1,7 +1,6 @@
-"""Training runs for the tests: every rank is forked from a server that has imported everything, so a start is cheap."""
+"""Training runs for the tests, every rank a process of its own."""
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import safetensors.torch
 import shards
 import torch
@@ -18,8 +18,6 @@ import torch
 from vlkern.models import navit
 from vlkern.models.siglip import SiglipConfig, TextConfig, VisionConfig
 
-#: What the server imports before it forks.
-_PRELOAD = ["torch._dynamo", "torch.utils.tensorboard", "vlkern.train.siglip", "vlkern.train.navit", "vlkern.train.cli"]
 #: The preset "test".
 CONFIG = SiglipConfig(VisionConfig(24, 2, 2, 48, (16, 16), 8), TextConfig(16, 1, 2, 32, 300, 8))
 #: The preset "navit-test".
@@ -29,12 +27,6 @@ NAVIT = navit.NavitConfig(
 )
 #: Where a rank can be made to kill itself: calls that make files durable or visible.
 _EVENTS = ("fsync", "rename", "replace", "rmdir")
-
-
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
 
 
 def _die_at(event: int) -> None:
@@ -89,7 +81,7 @@ def start(
 
     Rank 0 dies at its event number `event`, if that is not 0. No file can grow beyond `largest` bytes.
     """
-    context, port = _context(), _free_port()
+    context, port = forks.context(), _free_port()
     words = [str(a) for a in arguments]
     ranks = [
         context.Process(
