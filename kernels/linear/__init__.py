@@ -38,8 +38,12 @@ _NATIVE = {
 }
 
 
+#: Up to so many rows, as in decoding, the layer is bound by reading its weight, whatever the dtype (few_rows.h).
+FEW_ROWS = 16
+
+
 def _limits(backend: str, x: torch.Tensor, *rest: torch.Tensor) -> str | None:
-    if backend == "cpu" and _NATIVE.get(x.dtype, False):
+    if backend == "cpu" and x.numel() > FEW_ROWS * x.shape[-1] and _NATIVE.get(x.dtype, False):
         return f"this CPU multiplies {str(x.dtype)[6:]} natively, and PyTorch's matmul does that faster"
     return None
 
@@ -95,9 +99,10 @@ def linear(
 
         y = act(x weight^T + bias),    act(z) = z   or   z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
 
-    For CPUs: there the separate passes of bias and GELU cost a tenth of a transformer's time, and a CPU without
-    bfloat16 instructions multiplies bfloat16 and float16 ten to a hundred times slower in PyTorch than this op, which
-    widens them to float32. On a GPU, and for 16-bit dtypes that the CPU multiplies natively, PyTorch's own ops run.
+    For CPUs: there the separate passes of bias and GELU cost a tenth of a transformer's time; a CPU without bfloat16
+    instructions multiplies bfloat16 and float16 ten to a hundred times slower in PyTorch than this op, which widens
+    them to float32; and up to 16 rows, as in decoding, it takes the time that reading the weight takes. On a GPU, and
+    for more rows of a 16-bit dtype that the CPU multiplies natively, PyTorch's own ops run.
 
     Args:
         x: [..., K], float32, bfloat16 or float16 (float64 on the reference).

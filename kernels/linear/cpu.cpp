@@ -1,5 +1,8 @@
 // The linear layer on the CPU, in fp32 through sgemm: blocks of y get bias and activation while they are in
 // L2. 16-bit inputs are widened; for CPUs without instructions for them that is the fastest way to multiply.
+// A few rows, as in decoding, only read the weight (few_rows.h).
+#include "few_rows.h"
+#include "gelu.h"
 #include "sgemm.h"
 #include "simd.h"
 #include "vlkern.h"
@@ -10,20 +13,6 @@ namespace {
 // Rows and columns of a block of a product, at most. Larger ones leave L2 before their epilogue, smaller ones
 // spend more time packing operands.
 constexpr int64_t kBlock = 768;
-
-// GELU's tanh form is z sigmoid(t), t = sqrt(8 / pi) (z + 0.044715 z^3).
-constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;
-
-struct Sigmoid {
-  float s, slope;  // s = 1 / (1 + e^-t), s (1 - s)
-};
-
-VLKERN_INLINE Sigmoid sigmoid(float t) {
-  float e = exp_nonpositive(t < 0 ? t : -t);
-  e = t < -87.0f ? 0.0f : e;  // exp_nonpositive stops at e^-87, and z may be large
-  float r = reciprocal_unit(1.0f + e);
-  return {t < 0 ? e * r : r, e * r * r};  // 1 - s would cancel
-}
 
 template <class T>
 VLKERN_INLINE void widen_all(const T* in, float* out, int64_t n) {
@@ -41,29 +30,35 @@ VLKERN_INLINE void finish_row(const float* products, const float* bias, T* pre, 
   }
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    float z = products[j] + bias[j];
-    y[j] = from_float<T>(z * sigmoid(z * (kLinear + kCubic * z * z)).s);
+    y[j] = from_float<T>(gelu_tanh(products[j] + bias[j]));
   }
   if (!pre) return;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) pre[j] = from_float<T>(products[j] + bias[j]);
 }
 
-// g = grad gelu'(z), gelu'(z) = s + z s (1 - s) dt/dz;  sum += g
+// g = grad gelu'(z), sum += g
 template <class T>
 VLKERN_INLINE void slope_row(const T* grad, const T* pre, T* g, float* sum, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    float z = to_float(pre[j]);
-    z = z < -16.0f  ? -16.0f
-        : z > 16.0f ? 16.0f
-                    : z;  // the slope is 0 or 1 from there on; z^2 must not overflow
-    float square = z * z;
-    Sigmoid at = sigmoid(z * (kLinear + kCubic * square));
-    float v = to_float(grad[j]) * (at.s + z * at.slope * (kLinear + 3.0f * kCubic * square));
+    float v = to_float(grad[j]) * gelu_and_slope(to_float(pre[j])).slope;
     g[j] = from_float<T>(v);
     sum[j] += v;
   }
+}
+
+// A row of x in the streams of T (simd.h), as few_rows.h wants it.
+template <class T>
+VLKERN_INLINE void widen_streams(const T* in, float* out, int64_t n) {
+  const int64_t half = n / 2;
+#pragma omp simd
+  for (int64_t j = 0; j < half; ++j) {
+    Both v = load(in, half, j);
+    out[j] = v.a;
+    out[half + j] = v.b;
+  }
+  if (n % 2) out[n - 1] = to_float(in[n - 1]);
 }
 
 template <class T>
@@ -85,6 +80,12 @@ VLKERN_INLINE void narrow_all(const float* in, T* out, int64_t n) {
   }                                                                                                       \
   VLKERN_SIMD void slope(const T* grad, const T* pre, T* g, float* sum, int64_t n) {                      \
     slope_row(grad, pre, g, sum, n);                                                                      \
+  }                                                                                                       \
+  VLKERN_SIMD void streams(const T* in, float* out, int64_t n) {                                          \
+    widen_streams(in, out, n);                                                                            \
+  }                                                                                                       \
+  VLKERN_SIMD void few(const T* w, const float* x, int64_t rows, int64_t n, int64_t k, float* out) {      \
+    multiply_few(w, x, rows, n, k, out);                                                                  \
   }
 VLKERN_DTYPE(float)
 VLKERN_DTYPE(bf16)
@@ -156,14 +157,33 @@ void for_each_block(const Shape& s, Left left, Right right, Row row) {
   });
 }
 
+// The output for at most kFewRows rows: threads share the rows of W, in parts of about 64 KB.
+template <class T>
+void forward_few(const Shape& s, const T* x, const T* weight, const float* bias, T* y, T* z, bool gelu) {
+  std::vector<float> inputs(s.m * s.k);
+  for (int64_t i = 0; i < s.m; ++i) streams(x + i * s.k, inputs.data() + i * s.k, s.k);
+  const int64_t part = std::max<int64_t>(8, (int64_t(64) << 10) / (s.k * int64_t(sizeof(T))) / 8 * 8);
+  torch::stable::parallel_for(0, ceil_div(s.n, part), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> products(s.m * part);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t j = p * part, n = std::min(part, s.n - j);
+      few(weight + j * s.k, inputs.data(), s.m, n, s.k, products.data());
+      for (int64_t i = 0; i < s.m; ++i)
+        finish(products.data() + i * n, bias + j, z ? z + i * s.n + j : nullptr, y + i * s.n + j, n, gelu);
+    }
+  });
+}
+
 // y, and z where it is given.
 template <class T>
 void forward(const Shape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, T* y,
              T* z, bool gelu) {
-  Wide wide_x = Wide::of(x.const_data_ptr<T>(), s.m * s.k),
-       wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
   std::vector<float> b(s.n);
   if (bias) widen(torch::stable::contiguous(*bias).template const_data_ptr<T>(), b.data(), s.n);
+  if (s.m <= kFewRows)
+    return forward_few(s, x.const_data_ptr<T>(), weight.const_data_ptr<T>(), b.data(), y, z, gelu);
+  Wide wide_x = Wide::of(x.const_data_ptr<T>(), s.m * s.k),
+       wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
   for_each_block(
       s, [&](int64_t i) { return Matrix{wide_x.data() + i * s.k, s.k}; },
       [&](int64_t j) { return Matrix{wide_w.data() + j * s.k, s.k, true}; },

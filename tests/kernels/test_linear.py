@@ -61,11 +61,27 @@ def test_autocast_takes_autocasts_dtype():
 def test_a_narrow_dtype_that_the_cpu_multiplies_natively_is_left_to_pytorch(monkeypatch):
     from vlkern.kernels import linear as room
 
-    x, weight, bias = layer(dtype=torch.bfloat16)
+    x, weight, bias = layer(room.FEW_ROWS + 1, dtype=torch.bfloat16)
     for native, backend in ((True, "reference"), (False, "cpu")):
         monkeypatch.setitem(room._NATIVE, torch.bfloat16, native)
         assert vlkern.explain(linear, x, weight, bias).backend == backend
+        assert vlkern.explain(linear, x[1:], weight, bias).backend == "cpu"
         assert REGISTRY["linear"].choose(x.float(), weight.float()) == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 15, 16, 33, 130])
+def test_a_row_among_few_has_the_bits_that_it_has_alone(dtype, k):
+    """What batched decoding gives does not depend on the batch, up to the 16 rows of the kernel for few."""
+    x, weight, bias = layer(16, k, 41, dtype)
+    x[3, k // 2], weight[5] = 2048.0, 0.0
+    weight[:, 0] = 6e-8  # a subnormal float16
+    with vlkern.backend("linear=cpu"):
+        alone = torch.cat([linear(row, weight, bias) for row in x.split(1)])
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        for rows in (2, 3, 4, 5, 7, 16):
+            assert torch.equal(linear(x[:rows], weight, bias), alone[:rows])
+    torch.testing.assert_close(alone.double(), exact, rtol=torch.finfo(dtype).eps, atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from vlkern import _checks, ops
+from vlkern.kernels.linear import FEW_ROWS
 
 
 class Linear(nn.Linear):
@@ -15,6 +16,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs]."""
-        if self.activation is None and x.dtype == torch.float32 and _checks.autocast_dtype(x) is None:
+        plain = self.activation is None and x.dtype == torch.float32 and _checks.autocast_dtype(x) is None
+        if plain and x.numel() > FEW_ROWS * x.shape[-1]:
             return super().forward(x)  # nothing to fuse: one large matmul is a few percent faster than blocks
         return ops.linear(x, self.weight, self.bias, activation=self.activation)
