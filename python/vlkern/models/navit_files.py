@@ -1,6 +1,7 @@
 """NaViT's config.json: to and from configurations. Nobody else's models have these names, so the format is our own."""
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from vlkern.models import state
 from vlkern.models.navit import Navit, NavitClassifier, NavitConfig, TextConfig, VisionConfig
 
 MODEL_TYPE = "navit"
+#: What `load_pretrained` says of options for other models.
+WHAT = "a NaViT, for pictures of any shape"
+
+
+def knows(names: Collection[str], entries: Mapping[str, Any]) -> bool:
+    """Whether config.json says so."""
+    return entries.get("model_type") == MODEL_TYPE
 
 
 def to_json(model: Navit | NavitClassifier) -> dict[str, Any]:
@@ -43,18 +51,24 @@ def build(entries: dict[str, Any], file: Path) -> Navit | NavitClassifier:
         raise UserError(f"{file}: no sizes of a NaViT ({error})") from error
 
 
-def load(checkpoint: state.Checkpoint, entries: dict[str, Any], file: Path, dtype: torch.dtype | None) -> nn.Module:
+def load(
+    checkpoint: state.Checkpoint, entries: dict[str, Any], file: Path, config: object, dtype: torch.dtype | None
+) -> nn.Module:
     """The model of a folder that `save_pretrained` wrote, on the CPU.
 
     Args:
         checkpoint: its tensors.
         entries: its config.json.
         file: where that lies, for messages.
+        config: must be None, since config.json says everything.
         dtype: of the parameters; None keeps the file's.
 
     Raises:
         UserError: config.json or the tensors are not those of a NaViT.
+        ValueError: a config is given.
     """
+    if config is not None:
+        raise ValueError(f"config must be None: {checkpoint.path} is {WHAT}")
     with shapes_only():
         model = build(entries, file)
     wanted = model.state_dict()

@@ -20,9 +20,9 @@ from torch import nn
 from vlkern._files import sync
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import naflex, navit, navit_files, siglip, state
+from vlkern.models import gemma, gemma_files, naflex, navit, navit_files, siglip, state
 
-Config = siglip.SiglipConfig | siglip.VisionConfig | naflex.NaflexConfig | naflex.NaflexVisionConfig
+Config = siglip.SiglipConfig | siglip.VisionConfig | naflex.NaflexConfig | naflex.NaflexVisionConfig | gemma.GemmaConfig
 #: configuration -> its model
 _MODELS: dict[type, Callable[[Any], nn.Module]] = {
     siglip.SiglipConfig: siglip.Siglip,
@@ -46,9 +46,9 @@ def load_pretrained(
 
     Args:
         source: a Hugging Face directory (config.json with model.safetensors, or several files with their index), or one
-            file: safetensors with the names of transformers, open_clip or timm, or big_vision's .npz.
+            file: safetensors with the names of transformers, open_clip or timm, or .npz with those of the JAX code.
         image_size: (H, W), or one number for both: resize the model for such pictures (`siglip.resized`). NaFlex
-            models take pictures of any shape, and so neither this nor `patch`.
+            models take pictures of any shape, and Gemma none, and so neither this nor `patch`.
         patch: side of a patch to resize to.
         dtype: of the parameters; None keeps the file's. Parameters that stay as they are in a safetensors file are
             mapped: they take no memory until they are used, and training does not change the file.
@@ -56,14 +56,14 @@ def load_pretrained(
             that is no square.
 
     Returns:
-        Siglip, Naflex, Navit or NavitClassifier; VisionTower or NaflexVisionTower when the checkpoint holds an image
-        tower alone.
+        Siglip, Naflex, Navit, NavitClassifier or Gemma; VisionTower or NaflexVisionTower when the checkpoint holds an
+        image tower alone.
 
     Raises:
         UserError: a ValueError: the checkpoint is missing, cut short, a pickle (which could run code), of another
             model, or its tensors do not fit: all that are missing, left over or of a wrong shape are listed.
-        ValueError: the image size is not positive or smaller than a patch, or given for a NaFlex model; dtype is no
-            floating-point type.
+        ValueError: the image size is not positive or smaller than a patch, or given for a model that has none; dtype is
+            no floating-point type.
 
     Example:
         >>> model = vlkern.models.load_pretrained("siglip2-base-patch16-256", image_size=384)
@@ -76,20 +76,23 @@ def load_pretrained(
     path = Path(source)
     checkpoint = _open(path)
     file = (path if path.is_dir() else path.parent) / _CONFIG
-    if file.is_file() and (entries := _read_json(file)).get("model_type") == navit_files.MODEL_TYPE:
-        for name, value in (("image_size", image_size), ("patch", patch), ("config", config)):
+    entries = _read_json(file) if file.is_file() else {}
+    family = next((f for f in _families() if f.knows(checkpoint.shapes, entries)), None)
+    if family is not None:
+        for name, value in (("image_size", image_size), ("patch", patch)):
             if value is not None:
-                raise ValueError(f"{name} must be None: {path} is a NaViT, for pictures of any shape")
-        return navit_files.load(checkpoint, entries, file, dtype)
+                raise ValueError(f"{name} must be None: {path} is {family.WHAT}")
+        return family.load(checkpoint, entries, file, config, dtype)
     adapters: tuple[Any, ...] = (transformers, open_clip_names, timm, big_vision)
     adapter = next((a for a in adapters if a.knows(checkpoint.shapes)), None)
     if adapter is None:
         some = ", ".join(list(checkpoint.shapes)[:3]) or "none"
         raise UserError(
-            f"{path}: holds no SigLIP with names of transformers, open_clip, timm or big_vision ({some}, ...)"
+            f"{path}: holds no Gemma, and no SigLIP with names of transformers, open_clip, timm or big_vision "
+            f"({some}, ...)"
         )
-    if config is None and adapter is transformers:
-        config = _config_beside(path)
+    if config is None and adapter is transformers and "model_type" in entries:
+        config = transformers.from_json(entries, file)
     try:
         plan = adapter.plan(checkpoint, config)
     except UserError:
@@ -115,13 +118,13 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier,
+    model: siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier | gemma.Gemma,
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read, or for a
-    NaFlex model its `Siglip2Model`; a NaViT is read by `load_pretrained` alone.
+    NaFlex model its `Siglip2Model`, for a Gemma its `Gemma*ForCausalLM`; a NaViT is read by `load_pretrained` alone.
 
     Everything is written under other names first and renamed when it is whole: killed at any moment, the folder holds
     the old model, the new one, or none that can be read; never a mixture. Other files stay.
@@ -133,7 +136,8 @@ def save_pretrained(
 
     Raises:
         TypeError: `model` is none of these.
-        ValueError: its parameters are on the meta device, or max_shard_size is not positive.
+        ValueError: its parameters are on the meta device, max_shard_size is not positive, or transformers has no Gemma
+            with these options.
         UserError: the folder cannot be written, or the disk is full; what was there before is unchanged.
 
     Example:
@@ -141,8 +145,8 @@ def save_pretrained(
     """
     from vlkern.interop.transformers import to_json
 
-    if not isinstance(model, siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier):
-        raise TypeError(f"model must be a Siglip, Naflex, Navit or NavitClassifier, got {type(model).__name__}")
+    if not isinstance(model, siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier | gemma.Gemma):
+        raise TypeError(f"model must be a Siglip, Naflex, Navit, NavitClassifier or Gemma, got {type(model).__name__}")
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size must be a positive integer, got {max_shard_size!r}")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -151,6 +155,8 @@ def save_pretrained(
     shards = _shards(tensors, max_shard_size)
     if isinstance(model, siglip.Siglip | naflex.Naflex):
         config = to_json(model.config, model.logit_scale.dtype)
+    elif isinstance(model, gemma.Gemma):
+        config = gemma_files.to_json(model.config, model.model.norm.weight.dtype)
     else:
         config = navit_files.to_json(model)
     folder = Path(folder)
@@ -212,6 +218,14 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
+def _families() -> tuple[Any, ...]:
+    """Modules that tell their checkpoints by config.json or the names of tensors, and load them."""
+    # Here and not above: the adapters are made of this package's configurations.
+    from vlkern.interop import gemma_jax
+
+    return navit_files, gemma_files, gemma_jax
+
+
 def _build(c: Config) -> nn.Module:
     return _MODELS[type(c)](c)
 
@@ -251,17 +265,6 @@ def _files_of_index(index: Path) -> list[Path]:
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index.parent}: missing {', '.join(missing)}, which {index.name} lists")
     return [index.parent / name for name in names]
-
-
-def _config_beside(path: Path) -> Config | None:
-    """What the config.json of the directory says; None when there is none from Hugging Face."""
-    file = (path if path.is_dir() else path.parent) / _CONFIG
-    if not file.is_file():
-        return None
-    entries = _read_json(file)
-    from vlkern.interop.transformers import from_json
-
-    return from_json(entries, file) if "model_type" in entries else None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
