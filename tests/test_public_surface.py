@@ -19,7 +19,9 @@ NAMES = {
         "interval_attention",
         "interval_attention_lse",
         "linear",
+        "norm_rope",
         "rms_norm",
+        "rope_append",
         "sigmoid_contrastive_loss",
     ],
 }

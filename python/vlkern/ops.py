@@ -1,16 +1,22 @@
 """The menu: every public op, one line each."""
 
 from vlkern.kernels.decode_attention import decode_attention
+from vlkern.kernels.geglu import geglu
 from vlkern.kernels.interval_attention import interval_attention, interval_attention_lse
 from vlkern.kernels.linear import linear
+from vlkern.kernels.norm_rope import norm_rope
 from vlkern.kernels.rms_norm import rms_norm
+from vlkern.kernels.rope_append import rope_append
 from vlkern.kernels.sigmoid_loss import sigmoid_contrastive_loss
 
 __all__ = [
     "decode_attention",
+    "geglu",
     "interval_attention",
     "interval_attention_lse",
     "linear",
+    "norm_rope",
     "rms_norm",
+    "rope_append",
     "sigmoid_contrastive_loss",
 ]
