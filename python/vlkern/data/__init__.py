@@ -8,6 +8,7 @@ from vlkern.data.naflex import NaflexSize, naflex_batches
 from vlkern.data.native import NavitSize, Views, native_batches
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
 from vlkern.data.patches import PackedImages, PackedTexts, pack_images, pack_texts
+from vlkern.data.prompts import Prompt, chat_prompt, chat_text, crops, gemma3_prompt, paligemma_prompt, pixels_of
 from vlkern.data.resolution import Resolutions
 from vlkern.data.shards import PairShards, find_shards
 from vlkern.data.slots import Sequences, sequences, texts_of
@@ -24,15 +25,20 @@ __all__ = [
     "Pair",
     "PairShards",
     "Pairs",
+    "Prompt",
     "Resolutions",
     "Sequences",
     "Tokenizer",
     "Views",
     "batches",
+    "chat_prompt",
+    "chat_text",
     "check_vocabulary",
     "clipart_mini",
+    "crops",
     "decode_image",
     "find_shards",
+    "gemma3_prompt",
     "learn_merges",
     "load_pairs",
     "load_tokenizer",
@@ -40,6 +46,8 @@ __all__ = [
     "native_batches",
     "pack_images",
     "pack_texts",
+    "paligemma_prompt",
+    "pixels_of",
     "read_pairs",
     "sequences",
     "texts_of",

@@ -58,20 +58,38 @@ def decode_image(data: bytes, size: Size, *, resample: str = "bilinear") -> torc
     else:
         fixed = check_size(size)
         shape = lambda height, width: fixed  # noqa: E731
+    image = open_image(data)
+    return squeeze(image, shape(image.height, image.width), chosen)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The picture as `decode_image` takes it, at its own size: upright, RGB, transparent parts on white.
+
+    Raises:
+        ValueError: the data is no picture that Pillow can decode.
+    """
     formats = [name for magic, name in _FORMATS.items() if data.startswith(magic)]
     try:
         with Image.open(io.BytesIO(data), formats=formats or None) as opened:
             ImageOps.exif_transpose(opened, in_place=True)
-            image: Image.Image = opened
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            height, width = shape(image.height, image.width)
-            resized = image.convert("RGB").resize((width, height), chosen)
+            return on_white(opened)
     except UnidentifiedImageError as error:  # Pillow's own message names an address in memory
         raise ValueError("no readable picture: cannot identify its format") from error
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         raise ValueError(f"no readable picture: {error or type(error).__name__}") from error
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A copy in RGB; what is transparent lies on white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def squeeze(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> torch.Tensor:
+    """An RGB picture resized to (H, W), whatever its shape -> [3, H, W] uint8."""
+    resized = image.resize((size[1], size[0]), filter)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
