@@ -13,7 +13,7 @@ import torch
 import vlkern
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import BACKENDS, REGISTRY, Op
-from vlkern.testing import Run, assert_as_good, assert_same_direction, differentiate, in_float64, stack
+from vlkern.testing import Run, assert_as_good, assert_same_direction, differentiate, evaluate, in_float64, stack
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,10 +81,15 @@ def skip_unsupported(op: Op, backend: str, args: Any, kwargs: Any) -> None:
             pytest.skip(f"{op.name} on {backend}: {why}")
 
 
+def run(op: Op, function: Callable[..., Any], args: Any, kwargs: Any, **options: Any) -> Run:
+    """The public function, or something made of it, with all gradients that the op has."""
+    return (differentiate if op.differentiable else evaluate)(function, args, kwargs, **options)
+
+
 def call(op: Op, backend: str, args: Any, kwargs: Any, **options: Any) -> Run:
-    """The public function on one backend, with all gradients."""
+    """The public function on one backend, with all gradients that it has."""
     with vlkern.backend(f"{op.name}={backend}"):
-        return differentiate(public(op), args, kwargs, **options)
+        return run(op, public(op), args, kwargs, **options)
 
 
 def agree(op: Op, backend: str, calls: list[Any]) -> None:
@@ -107,10 +112,19 @@ def agree(op: Op, backend: str, calls: list[Any]) -> None:
             assert_same_direction(*gradients)
 
 
-def each(*, dtype: bool = False, sample: Callable[[Op], list[Any]] | None = None, reference: bool = False) -> Any:
-    """Parametrise over rooms and the backends under test, optionally dtypes, samples (from a lister), the reference."""
+def each(
+    *,
+    dtype: bool = False,
+    sample: Callable[[Op], list[Any]] | None = None,
+    reference: bool = False,
+    differentiable: bool = False,
+) -> Any:
+    """Parametrise over rooms and the backends under test, optionally dtypes, samples (from a lister), the reference.
+
+    differentiable: only the rooms that have gradients.
+    """
     names, cases = ["op", "backend"] + ["dtype"] * dtype + ["sample"] * bool(sample), []
-    for op in REGISTRY.values():
+    for op in (op for op in REGISTRY.values() if op.differentiable or not differentiable):
         for backend in ("reference",) * reference + tuple(b for b in KERNELS if b in op.backends):
             for d in dtypes(backend) if dtype else (None,):
                 for s in sample(op) if sample else (None,):

@@ -76,7 +76,7 @@ def test_same_bits_every_time_whatever_the_thread_count(op, backend, dtype):
             torch.set_num_threads(threads)
 
 
-@each(reference=True)
+@each(reference=True, differentiable=True)
 def test_gradient_of_one_input_alone(op, backend):
     for sample in light(op):
         args, kwargs = samples(op).inputs(sample, torch.float32, device(backend))
@@ -98,7 +98,7 @@ def test_inputs_are_left_alone(op, backend, sample):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@every_room
+@pytest.mark.parametrize("op", [op for op in REGISTRY.values() if op.differentiable], ids=lambda op: op.name)
 def test_gradcheck_of_the_reference(op):
     for sample in small(op):
         args, kwargs = samples(op).inputs(sample, torch.float64, "cpu")
@@ -115,6 +115,17 @@ def test_gradcheck_of_the_reference(op):
         inputs = [leaves[i].detach().requires_grad_() for i in where]
         with vlkern.backend(f"{op.name}=reference"):
             assert torch.autograd.gradcheck(function, inputs, fast_mode=sum(t.numel() for t in inputs) > 100)
+
+
+@pytest.mark.parametrize("op", [op for op in REGISTRY.values() if not op.differentiable], ids=lambda op: op.name)
+def test_a_gradient_that_does_not_exist_is_refused(op):
+    args, kwargs = samples(op).inputs(small(op)[-1], torch.float32, "cpu")
+    for i in (i for i, leaf in enumerate(args) if is_float(leaf)):
+        asking = [leaf.detach().clone().requires_grad_() if i == j else leaf for j, leaf in enumerate(args)]
+        with pytest.raises(ValueError, match="must not require a gradient"):
+            public(op)(*asking, **kwargs)
+        with torch.no_grad():
+            public(op)(*asking, **kwargs)
 
 
 @every_room

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from rooms import device, dtypes, each, light, public, samples, skip_unsupported
+from rooms import device, dtypes, each, light, public, run, samples, skip_unsupported
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -66,7 +66,7 @@ def test_opcheck(op, backend):
     for sample in light(op)[::3]:
         args, kwargs = case(op, backend, sample=sample)
         with record() as calls, chosen(op, backend):
-            differentiate(public(op), args, kwargs)
+            run(op, public(op), args, kwargs)
             public(op)(*args, **kwargs)
         assert calls
         for call in calls:
@@ -78,9 +78,9 @@ def test_opcheck(op, backend):
 def test_compiles_in_one_graph_with_its_backward(op, backend):
     args, kwargs = case(op, backend)
     with chosen(op, backend):
-        eager = differentiate(public(op), args, kwargs)
+        eager = run(op, public(op), args, kwargs)
         compiled = torch.compile(public(op), fullgraph=True)
-        assert_same_run(differentiate(compiled, args, kwargs), eager)
+        assert_same_run(run(op, compiled, args, kwargs), eager)
 
 
 @each(reference=True)
@@ -88,8 +88,8 @@ def test_compiled_graph_calls_the_chosen_kernel(op, backend):
     args, kwargs = case(op, backend)
     graphs = Graphs()
     with chosen(op, backend):
-        differentiate(torch.compile(public(op), fullgraph=True, backend=graphs.compile), args, kwargs)
-    assert len(graphs.forward) == len(graphs.backward) == 1
+        run(op, torch.compile(public(op), fullgraph=True, backend=graphs.compile), args, kwargs)
+    assert len(graphs.forward) == 1 and len(graphs.backward) == op.differentiable
     assert graphs.kernels() == {"default" if backend == "reference" else backend}
 
 
@@ -101,7 +101,7 @@ def test_one_graph_serves_many_sizes(op, backend):
     with chosen(op, backend), torch._dynamo.config.patch(recompile_limit=2 * len(light(op))):
         for sample in light(op):
             args, kwargs = case(op, backend, sample=sample)
-            assert_same_run(differentiate(compiled, args, kwargs), differentiate(public(op), args, kwargs))
+            assert_same_run(run(op, compiled, args, kwargs), run(op, public(op), args, kwargs))
     assert len(graphs.forward) < len(light(op))
 
 
@@ -126,7 +126,7 @@ def test_autocast_stops_at_the_kernel(op, backend, dtype):
     lower = torch.bfloat16 if torch.bfloat16 in dtypes(backend) else torch.float16
     args, kwargs = case(op, backend, dtype)
     with chosen(op, backend), torch.autocast(device(backend), lower), record() as calls:
-        differentiate(public(op), args, kwargs)
+        run(op, public(op), args, kwargs)
     assert calls
     for call in calls:
         arguments = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, (call.args, call.kwargs))
@@ -137,17 +137,17 @@ def test_autocast_stops_at_the_kernel(op, backend, dtype):
             assert torch.equal(a, b)
 
 
-@each(reference=True)
+@each(reference=True, differentiable=True)
 def test_activation_checkpointing_gives_the_same_gradients(op, backend):
     args, kwargs = case(op, backend)
     with chosen(op, backend):
-        plain = differentiate(public(op), args, kwargs)
+        plain = run(op, public(op), args, kwargs)
         again = differentiate(lambda *a, **k: checkpoint(public(op), *a, use_reentrant=False, **k), args, kwargs)
     for a, b in zip(plain.outputs + plain.gradients, again.outputs + again.gradients, strict=True):
         assert torch.equal(a, b)
 
 
-@each()
+@each(differentiable=True)
 def test_nothing_is_kept_without_grad(op, backend):
     args, kwargs = case(op, backend)
     tracked = tree_map(lambda t: t.detach().requires_grad_() if is_float(t) else t, args)
@@ -159,7 +159,7 @@ def test_nothing_is_kept_without_grad(op, backend):
         assert not a.requires_grad and a.grad_fn is None and torch.equal(a, b)
 
 
-@each(reference=True)
+@each(reference=True, differentiable=True)
 def test_only_first_derivatives(op, backend):
     """A second derivative raises instead of being silently wrong."""
     args, kwargs = case(op, backend)
@@ -176,10 +176,10 @@ def test_only_first_derivatives(op, backend):
 def test_meta_tensors_have_the_same_shapes(op, backend, dtype):
     for sample in light(op):
         args, kwargs = samples(op).inputs(sample, dtype, "cpu")
-        real = differentiate(public(op), args, kwargs)
+        real = run(op, public(op), args, kwargs)
         meta_args, meta_kwargs = tree_map(
             lambda t: t.to("meta") if isinstance(t, torch.Tensor) else t, copy.copy((args, kwargs))
         )
-        meta = differentiate(public(op), meta_args, meta_kwargs, cotangents=[t.to("meta") for t in real.cotangents])
+        meta = run(op, public(op), meta_args, meta_kwargs, cotangents=[t.to("meta") for t in real.cotangents])
         for a, b in zip(real.outputs + real.gradients, meta.outputs + meta.gradients, strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype) and b.is_meta

@@ -163,6 +163,17 @@ def in_float64(arguments: Any) -> Any:
     return tree_map(lambda leaf: leaf.double() if is_float(leaf) else leaf, arguments)
 
 
+def evaluate(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    cotangents: list[torch.Tensor] | None = None,
+) -> Run:
+    """Call a function that has no gradients, with poisoned memory; `cotangents` is there for `differentiate`'s sake."""
+    with poison(), torch.no_grad():
+        return Run([t for t in tree_flatten(function(*args, **kwargs))[0] if is_float(t)], cotangents or [], [])
+
+
 def differentiate(
     function: Callable[..., Any],
     args: tuple[Any, ...],
