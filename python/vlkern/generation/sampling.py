@@ -71,7 +71,7 @@ class Sampler:
             value = getattr(self, name)
             if value is not None and not 0 <= _checks.number(name, value) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {value}")
-        seeds = [self.seed] if self.seed is None or isinstance(self.seed, int) else self.seed
+        seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed]
         if not all(seed is None or type(seed) is int for seed in seeds):
             raise TypeError(f"seed must be a whole number or one for each row, got {self.seed!r}")
 

@@ -6,7 +6,7 @@ The model is one that generates: Gemma, PaliGemma or Gemma3, with `embed`, `new_
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ class Session:
         untils = None
         if until is not None:
             seen = until.tolist()
-            untils = [seen[a:b] for a, b in zip(first[:-1], first[1:], strict=True)]
+            untils = [seen[a:b] for a, b in pairwise(first)]
         last: list[torch.Tensor | None] = [None] * len(lengths)
         for chunk in chunks(lengths, self._room, untils):
             places = torch.cat([torch.arange(first[r] + a, first[r] + b) for r, a, b in chunk]).to(self._device)
