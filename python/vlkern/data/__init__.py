@@ -8,18 +8,25 @@ from vlkern.data.naflex import NaflexSize, naflex_batches
 from vlkern.data.native import NavitSize, Views, native_batches
 from vlkern.data.pairs import DataError, Pair, Pairs, load_pairs, read_pairs
 from vlkern.data.patches import PackedImages, PackedTexts, pack_images, pack_texts
+from vlkern.data.prefixed import Layout, Packed, pack_examples, prefixed_batches
 from vlkern.data.prompts import Prompt, chat_prompt, chat_text, crops, gemma3_prompt, paligemma_prompt, pixels_of
 from vlkern.data.resolution import Resolutions
 from vlkern.data.shards import PairShards, find_shards
 from vlkern.data.slots import Sequences, sequences, texts_of
+from vlkern.data.tasks import Example, Tasks
 from vlkern.data.text import ByteTokenizer, learn_merges
 from vlkern.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from vlkern.data.vocabulary import BytePieces, Vocabulary, load_vocabulary
 
 __all__ = [
+    "BytePieces",
     "ByteTokenizer",
     "DataError",
+    "Example",
+    "Layout",
     "NaflexSize",
     "NavitSize",
+    "Packed",
     "PackedImages",
     "PackedTexts",
     "Pair",
@@ -28,8 +35,10 @@ __all__ = [
     "Prompt",
     "Resolutions",
     "Sequences",
+    "Tasks",
     "Tokenizer",
     "Views",
+    "Vocabulary",
     "batches",
     "chat_prompt",
     "chat_text",
@@ -42,12 +51,15 @@ __all__ = [
     "learn_merges",
     "load_pairs",
     "load_tokenizer",
+    "load_vocabulary",
     "naflex_batches",
     "native_batches",
+    "pack_examples",
     "pack_images",
     "pack_texts",
     "paligemma_prompt",
     "pixels_of",
+    "prefixed_batches",
     "read_pairs",
     "sequences",
     "texts_of",

@@ -4,15 +4,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlkern.data.vocabulary import Vocabulary
 from vlkern.generation.prompts import prompt_tokens
 from vlkern.generation.sampling import GREEDY, Sampler
 from vlkern.generation.session import Session
 from vlkern.generation.stream import TextStream, check_stops
+
+if TYPE_CHECKING:
+    from vlkern.data.vocabulary import Vocabulary
 
 #: Called with the number of the prompt and the next piece of its answer.
 Callback = Callable[[int, str], None]
@@ -104,7 +106,7 @@ def generate(
     model: Any,
     prompts: Sequence[str | Sequence[int]],
     *,
-    tokenizer: Vocabulary | None = None,
+    tokenizer: "Vocabulary | None" = None,
     images: Sequence[torch.Tensor | None] | None = None,
     max_new_tokens: int = 128,
     sampler: Sampler = GREEDY,
@@ -210,13 +212,13 @@ def generate(
     return [row.completion() for row in streams]
 
 
-def _stream(tokenizer: Vocabulary | None, stops: Sequence[str], callback: Callback | None, row: int) -> _Row:
+def _stream(tokenizer: "Vocabulary | None", stops: Sequence[str], callback: Callback | None, row: int) -> _Row:
     if tokenizer is None:
         return _Row(None)
     return _Row(TextStream(tokenizer, stops, None if callback is None else lambda text: callback(row, text)))
 
 
-def _ends(tokenizer: Vocabulary | None) -> list[int]:
+def _ends(tokenizer: "Vocabulary | None") -> list[int]:
     """Of a tuned model an answer ends with its turn."""
     if tokenizer is None:
         return []

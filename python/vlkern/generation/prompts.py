@@ -7,14 +7,18 @@ Gemma3     <bos> text, in which every <start_of_image> becomes "\\n\\n" <start_o
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlkern.data.vocabulary import Vocabulary
+if TYPE_CHECKING:
+    from vlkern.data.vocabulary import Vocabulary
+
 
 _IMAGE = "<start_of_image>"
 
 
-def prompt_tokens(model: Any, prompt: str | Sequence[int], tokenizer: Vocabulary | None, images: int = 0) -> list[int]:
+def prompt_tokens(
+    model: Any, prompt: str | Sequence[int], tokenizer: "Vocabulary | None", images: int = 0
+) -> list[int]:
     """The tokens of a prompt with `images` pictures.
 
     Args:
@@ -56,7 +60,7 @@ def prompt_tokens(model: Any, prompt: str | Sequence[int], tokenizer: Vocabulary
     return tokens
 
 
-def _text(model: Any, text: str, tokenizer: Vocabulary, images: int) -> list[int]:
+def _text(model: Any, text: str, tokenizer: "Vocabulary", images: int) -> list[int]:
     from vlkern.models.gemma3 import Gemma3
     from vlkern.models.paligemma import PaliGemma
 

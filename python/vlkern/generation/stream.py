@@ -2,8 +2,10 @@
 
 import codecs
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from vlkern.data.vocabulary import Vocabulary
+if TYPE_CHECKING:
+    from vlkern.data.vocabulary import Vocabulary
 
 
 def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -41,7 +43,7 @@ class TextStream:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, stops: Sequence[str] = (), show: Callable[[str], None] | None = None
+        self, vocabulary: "Vocabulary", stops: Sequence[str] = (), show: Callable[[str], None] | None = None
     ) -> None:
         self._piece, self._stops, self._show = vocabulary.piece, tuple(stops), show
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
