@@ -3,7 +3,8 @@
     python tests/triton/aot.py                    the table on standard output
     python tests/triton/aot.py --update           the table to bench/results/aot/triton-<version>.json
     python tests/triton/aot.py --ptx FOLDER       keep the PTX as well
-    python tests/triton/aot.py --part             only what the tests compile
+    python tests/triton/aot.py --part             only what the tests compile: the first benchmarked shape in bfloat16,
+                                                  for sm_90 also in float32, and a ragged one
 
 The launchers themselves run: on meta tensors of the benchmarked shapes, with a driver that names the chip and launches
 nothing. So the kernels are compiled with exactly the configurations, constants and alignments of a call on that chip.
@@ -40,8 +41,8 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 TABLE = Path(__file__).parents[2] / "bench" / "results" / "aot" / f"triton-{VERSION}.json"
 CHIPS = {"sm_80": _triton.A100, "sm_90": _triton.H200, "sm_100": _triton.B200}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: Rooms whose kernels take minutes to compile for every shape -> the shape that the tests compile, in bfloat16.
-SLOW = {"interval_attention": "packed_images"}
+#: Rooms whose kernels take minutes to compile for every shape: in float32 the table has one, the tests have none.
+SLOW = ("interval_attention",)
 TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 LOG = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL
@@ -79,9 +80,10 @@ def raw_calls(op: Op, sample: Any, dtype: torch.dtype) -> list[Call]:
     public = getattr(vlkern.ops, op.public)
     with vlkern.backend(f"{op.name}=reference"), record() as calls, torch.enable_grad():
         public(*args, **kwargs)
-        wanted = [a.requires_grad_() for a in args if is_float(a)]
-        out = public(*args, **kwargs)
-        torch.autograd.grad(out, wanted, torch.empty_like(out))
+        if op.differentiable:
+            wanted = [a.requires_grad_() for a in args if is_float(a)]
+            out = public(*args, **kwargs)
+            torch.autograd.grad(out, wanted, torch.empty_like(out))
     return calls
 
 
@@ -106,15 +108,19 @@ def compiled(op: Op, sample: Any, dtype: torch.dtype, on: Driver) -> Iterator[tu
     return ((metadata, *texts) for metadata, texts in zip(on.kernels, found, strict=True))
 
 
-def shapes(op: Op, dtype: torch.dtype, part: bool) -> list[Any]:
-    """The benchmarked shapes, and the largest of the others: a ragged one, whose kernels have masks."""
+def shapes(op: Op, dtype: torch.dtype, chip: str, part: bool) -> list[Any]:
+    """The benchmarked shapes, and the largest of the others: a ragged one, whose kernels have masks.
+
+    What the tests compile comes first, because a kernel that two shapes share is counted with the first.
+    """
     samples = import_module(f"vlkern.kernels.{op.name}.samples").SAMPLES
-    chosen = [s for s in samples if s.bench] + [[s for s in samples if not s.bench][-1]]
-    if op.name not in SLOW:
-        return chosen
-    if part:
-        return [s for s in chosen if s.name == SLOW[op.name] and dtype == torch.bfloat16]
-    return chosen if dtype == torch.bfloat16 else chosen[:1]
+    first, *more = (s for s in samples if s.bench)
+    ragged = [s for s in samples if not s.bench][-1]
+    if part and dtype == torch.float32:
+        return [first, ragged] if chip == "sm_90" and op.name not in SLOW else []
+    if part or (op.name in SLOW and dtype == torch.float32):
+        return [first]
+    return [first, ragged, *more]
 
 
 def table(keep: Path | None = None, part: bool = False) -> list[dict[str, Any]]:
@@ -128,7 +134,7 @@ def table(keep: Path | None = None, part: bool = False) -> list[dict[str, Any]]:
         _triton.STAND_IN[0] = chip
         for op in (op for op in REGISTRY.values() if "triton" in op.backends):
             for dtype_name, dtype in DTYPES.items():
-                for sample in shapes(op, dtype, part):
+                for sample in shapes(op, dtype, chip_name, part):
                     for metadata, ptx, log in compiled(op, sample, dtype, on):
                         stack, stores, loads, registers = map(int, LOG.search(log).groups())  # type: ignore[union-attr]
                         name = f"{op.name}{metadata.name} {dtype_name} {sample.name}"
@@ -155,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} instead of printing it")
     parser.add_argument("--ptx", type=Path, metavar="FOLDER", help="keep the PTX of every kernel here")
-    parser.add_argument("--part", action="store_true", help="of kernels that compile slowly one shape each")
+    parser.add_argument("--part", action="store_true", help="only what the tests compile")
     options = parser.parse_args()
     if options.ptx:
         options.ptx.mkdir(parents=True, exist_ok=True)
