@@ -1,6 +1,5 @@
 """SigLIP as the training loop sees it: two towers, image-text pairs, the sigmoid loss."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlkern import data, models
-from vlkern._files import reason
+from vlkern import data
 from vlkern._progress import say
 from vlkern.data.augment import change, draw
-from vlkern.errors import UserError
-from vlkern.interop import transformers  # noqa: F401  what `save` needs: after days the package may have been replaced
 from vlkern.models.siglip import Siglip
 from vlkern.recipes import contrastive
 from vlkern.recipes.contrastive import Objective, Recipe
+from vlkern.recipes.saving import save
 from vlkern.train.ranks import Ranks
 from vlkern.train.updates import whole
 
@@ -44,7 +41,7 @@ class SiglipTask:
         steps: int,
         ranks: Ranks,
         pairs: data.PairShards,
-        tokenizer: data.Tokenizer,
+        tokenizer: Any,
         *,
         seed: int,
         workers: int,
@@ -112,17 +109,4 @@ class SiglipTask:
 
     def save(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         """Model and tokenizer, as `load_pretrained` and `load_tokenizer` read them."""
-        with torch.device("meta"):
-            model = self.family(self.model.config)
-        model.load_state_dict(weights, assign=True)
-        part = folder.with_name(f"{folder.name}.tmp")
-        try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            models.save_pretrained(model, part)
-            self._tokenizer.save(part)
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-        except OSError as error:
-            shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"{folder}: cannot write the model ({reason(error)})") from error
+        save(self.family, self.model.config, weights, self._tokenizer, folder)

@@ -10,6 +10,7 @@ from vlkern.train.ranks import join
 #: recipe -> (module with add_arguments(parser) and train(args, ranks), what it trains)
 RECIPES = {
     "siglip": ("vlkern.train.siglip", "two towers with the sigmoid loss"),
+    "paligemma": ("vlkern.train.paligemma", "PaliGemma on captions, classes and boxes"),
     "navit": ("vlkern.train.navit", "NaViT with the sigmoid loss, on pictures at their own aspect ratio"),
 }
 

@@ -168,7 +168,7 @@ def tokenizer_of(settings: Settings, pairs: data.PairShards, text: Any, kept: Pa
     return tokenizer
 
 
-def _keep(tokenizer: data.Tokenizer, kept: Path) -> None:
+def _keep(tokenizer: Any, kept: Path) -> None:
     """Put it into the folder of the run, whole or not at all."""
     if not kept.exists():
         part = kept.with_name(f".{kept.name}.tmp")
@@ -179,11 +179,12 @@ def _keep(tokenizer: data.Tokenizer, kept: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has been written to config.json, and can be resumed from here on."""
+    """A run that has been written to config.json, and can be resumed from here on. `tokens` are the tokenizer's ids."""
 
     identity: dict[str, Any]
     settings: Settings
-    tokenizer: data.Tokenizer
+    tokenizer: Any
+    tokens: int
     recipe: Recipe
 
 
@@ -196,25 +197,38 @@ def begin(
     text: Any,
     stored: dict[str, Any] | None,
 ) -> Run:
-    """Write config.json and the tokenizer of a new run."""
+    """Write config.json and the tokenizer of a new run of two towers."""
+    tokenizer = tokenizer_of(settings, pairs, text, args.out / "tokenizer")
+    return record(args, ranks, recipe, settings, pairs, tokenizer, tokenizer.vocabulary, stored)
+
+
+def record(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    recipe: str,
+    settings: Settings,
+    pairs: data.PairShards,
+    tokenizer: Any,
+    tokens: int,
+    stored: dict[str, Any] | None,
+) -> Run:
+    """Write config.json and the tokenizer, with so many ids, of a new run."""
     identity = {
         "recipe": recipe,
         "options": settings.values,
         "data": {"fingerprint": pairs.fingerprint, "pairs": len(pairs)},
     }
-    kept = args.out / "tokenizer"
-    tokenizer = tokenizer_of(settings, pairs, text, kept)
     if stored is None:
         versions = {"vlkern": vlkern.__version__, "torch": torch.__version__}
         content = json.dumps({**identity, "versions": versions}, indent=2) + "\n"
         ranks.agree(lambda: write_file(args.out / "config.json", content.encode()))
-    ranks.agree(lambda: _keep(tokenizer, kept))
+    ranks.agree(lambda: _keep(tokenizer, args.out / "tokenizer"))
     hyper = Recipe(
         batch=settings["batch"], rate=settings["lr"], weight_decay=settings["weight_decay"],
         betas=(0.9, settings["beta2"]), clip=settings["clip"], warm_up=settings["warmup"],
         scalar_rate=1.0 if settings["from_"] else 10.0, layer_decay=settings["layer_decay"],
     )  # fmt: skip
-    return Run(identity, settings, tokenizer, hyper)
+    return Run(identity, settings, tokenizer, tokens, hyper)
 
 
 def carry_out(args: argparse.Namespace, ranks: Ranks, run: Run, task: Task, pairs: data.PairShards) -> None:
@@ -229,7 +243,7 @@ def carry_out(args: argparse.Namespace, ranks: Ranks, run: Run, task: Task, pair
         count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         name = settings["from_"] or settings["preset"]
         say("model", f"{name}, {count / 1e6:.1f} M parameters to train, {settings['precision']}, {ranks}")
-        say("data", f"{len(pairs)} pairs, {run.tokenizer.vocabulary} tokens")
+        say("data", f"{len(pairs)} pairs, {run.tokens} tokens")
         say("run", f"{plan.steps} steps of {plan.batch} pairs in {args.out}")
     loop.train(task, plan, ranks, args.out, json.dumps(run.identity))
     if ranks.first:
