@@ -119,7 +119,7 @@ def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
         if naflex:
             image = given(checkpoint, config, NaflexVisionConfig) or _naflex_vision_config(checkpoint, root)
         else:
-            image = given(checkpoint, config, VisionConfig) or _vision_config(checkpoint, root)
+            image = given(checkpoint, config, VisionConfig) or vision_config(checkpoint, root)
         return Plan(image, image_sources(image, root, stacked=stacked), root)
     c: SiglipConfig | NaflexConfig
     if naflex:
@@ -128,7 +128,7 @@ def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
         )
     else:
         c = given(checkpoint, config, SiglipConfig) or SiglipConfig(
-            _vision_config(checkpoint, image_root), _text_config(checkpoint, root + _TEXT_ROOT)
+            vision_config(checkpoint, image_root), _text_config(checkpoint, root + _TEXT_ROOT)
         )
     found = {
         "logit_scale": Source((f"{root}t",), lambda number: number.reshape(1)),
@@ -144,8 +144,13 @@ def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
 def image_sources(c: VisionConfig | NaflexVisionConfig, root: str, *, stacked: bool) -> dict[str, Source]:
     """Parameter of VisionTower, or of NaflexVisionTower -> arrays."""
     head = {f"head.{name}": source for name, source in map_sources(root).items()}
+    return encoder_sources(c, root, stacked=stacked) | head
+
+
+def encoder_sources(c: VisionConfig | NaflexVisionConfig, root: str, *, stacked: bool) -> dict[str, Source]:
+    """Parameter of VisionEncoder -> arrays: of a tower all but the pooling head."""
     table = _NAFLEX_IMAGE if isinstance(c, NaflexVisionConfig) else _IMAGE
-    return _from(table, root) | _blocks(f"{root}Transformer", c.depth, stacked) | head
+    return _from(table, root) | _blocks(f"{root}Transformer", c.depth, stacked)
 
 
 def text_sources(c: TextConfig, root: str, *, stacked: bool) -> dict[str, Source]:
@@ -198,7 +203,8 @@ def _block_sizes(checkpoint: Checkpoint, root: str) -> tuple[int, int, int]:
     return attention[0], attention[2], mlp[2]
 
 
-def _vision_config(checkpoint: Checkpoint, root: str) -> VisionConfig:
+def vision_config(checkpoint: Checkpoint, root: str) -> VisionConfig:
+    """Of the image tower whose arrays' names begin with `root`, for square pictures."""
     conv, positions = need(checkpoint, {f"{root}embedding/kernel": 4, f"{root}pos_embedding": 3})
     depth, heads, mlp = _block_sizes(checkpoint, f"{root}Transformer")
     size = image_size(checkpoint, positions[1], conv[0])

@@ -108,7 +108,7 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> AnyC
     """
     kind = entries.get("model_type")
     if kind == "siglip_vision_model":
-        return _vision(entries, where)
+        return vision_from_json(entries, where)
     if kind == "siglip2_vision_model":
         return _naflex_vision(entries, where)
     vision, text = entries.get("vision_config") or {}, entries.get("text_config") or {}
@@ -122,7 +122,7 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> AnyC
     if kind == "siglip2" and "image_size" not in vision:  # one that has it is a SigLIP of fixed size
         c = NaflexConfig(_naflex_vision(vision, f"{where}: vision_config"), words)
     else:
-        c = SiglipConfig(_vision(vision, f"{where}: vision_config"), words)
+        c = SiglipConfig(vision_from_json(vision, f"{where}: vision_config"), words)
     out = text.get("projection_size") or words.width
     if out != c.vision.width:
         raise UserError(
@@ -134,16 +134,7 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> AnyC
 def to_json(c: SiglipConfig | NaflexConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The config.json with which transformers' SiglipModel, or Siglip2Model, reads the model's state dict."""
 
-    def tower(t: TowerConfig) -> dict[str, Any]:
-        return {
-            "hidden_size": t.width,
-            "num_hidden_layers": t.depth,
-            "num_attention_heads": t.heads,
-            "intermediate_size": t.mlp,
-            **_FIXED,
-        }
-
-    text, size = c.text, _size(c.vision)
+    text = c.text
     kind = "siglip2" if isinstance(c, NaflexConfig) else "siglip"
     return {
         "architectures": [f"{kind.capitalize()}Model"],
@@ -152,7 +143,7 @@ def to_json(c: SiglipConfig | NaflexConfig, dtype: torch.dtype) -> dict[str, Any
         "model_type": kind,
         "text_config": {
             "model_type": f"{kind}_text_model",
-            **tower(text),
+            **_tower(text),
             "vocab_size": text.vocabulary,
             "max_position_embeddings": text.length,
             "projection_size": c.vision.width,
@@ -160,13 +151,28 @@ def to_json(c: SiglipConfig | NaflexConfig, dtype: torch.dtype) -> dict[str, Any
             "bos_token_id": None,
             "eos_token_id": 1,
         },
-        "vision_config": {
-            "model_type": f"{kind}_vision_model",
-            **tower(c.vision),
-            "num_channels": 3,
-            "patch_size": c.vision.patch,
-            **size,
-        },
+        "vision_config": vision_to_json(c.vision, kind),
+    }
+
+
+def vision_to_json(c: VisionConfig | NaflexVisionConfig, kind: str) -> dict[str, Any]:
+    """The vision_config of the image tower of a `kind`, "siglip" or "siglip2"."""
+    return {
+        "model_type": f"{kind}_vision_model",
+        **_tower(c),
+        "num_channels": 3,
+        "patch_size": c.patch,
+        **_size(c),
+    }
+
+
+def _tower(t: TowerConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": t.width,
+        "num_hidden_layers": t.depth,
+        "num_attention_heads": t.heads,
+        "intermediate_size": t.mlp,
+        **_FIXED,
     }
 
 
@@ -177,8 +183,15 @@ def _size(vision: VisionConfig | NaflexVisionConfig) -> dict[str, Any]:
     return {"image_size": height if height == width else [height, width]}
 
 
-def _vision(entries: Mapping[str, Any], where: object) -> VisionConfig:
-    got = _filled(entries, _VISION, _FIXED_VISION, where)
+def vision_from_json(entries: Mapping[str, Any], where: object, *, head: bool = True) -> VisionConfig:
+    """The image tower of a vision_config, with or without a pooling head.
+
+    Raises:
+        UserError: an entry that this model does not have or of a wrong type, or an impossible size.
+    """
+    if not head:
+        entries = {"vision_use_head": False, **entries}
+    got = _filled(entries, _VISION, _FIXED_VISION | {"vision_use_head": head}, where)
     size = got["image_size"]
     got["image_size"] = tuple(size) if isinstance(size, list) else (size, size)
     got["patch_size"] = _patch(got["patch_size"])

@@ -79,7 +79,7 @@ def load(
         model = Gemma(config)
     root = "model." if any(name.startswith("model.") for name in checkpoint.shapes) else ""
     sources = {name: same(root + name.removeprefix("model.")) for name in model.state_dict()}
-    fill(model, _Tied(checkpoint, root + "embed_tokens.weight"), sources, dtype)
+    fill(model, Tied(checkpoint, root + "embed_tokens.weight"), sources, dtype)
     return model
 
 
@@ -92,15 +92,15 @@ def fill(model: Gemma, checkpoint: Checkpoint, sources: Mapping[str, Source], dt
     model.load_state_dict(collect(checkpoint, model.state_dict(), sources, dtype), assign=True)
 
 
-class _Tied:
-    """A checkpoint without the output layer: some files hold the embedding table a second time."""
+class Tied:
+    """A checkpoint without the output layer `head`: some files hold the embedding table a second time."""
 
-    def __init__(self, checkpoint: Checkpoint, table: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, table: str, head: str = "lm_head.weight") -> None:
         self.path, self.read = checkpoint.path, checkpoint.read
         self.shapes = dict(checkpoint.shapes)
-        head = self.shapes.get("lm_head.weight")
-        if head is not None and table in self.shapes and head.shape == self.shapes[table].shape:
-            del self.shapes["lm_head.weight"]
+        second = self.shapes.get(head)
+        if second is not None and table in self.shapes and second.shape == self.shapes[table].shape:
+            del self.shapes[head]
 
 
 def _by_shapes(checkpoint: Checkpoint) -> GemmaConfig:
