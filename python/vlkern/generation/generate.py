@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlkern.generation.prompts import prompt_tokens
+from vlkern.generation.prompts import prompt_of
 from vlkern.generation.sampling import GREEDY, Sampler
 from vlkern.generation.session import Session
 from vlkern.generation.stream import TextStream, check_stops
 
 if TYPE_CHECKING:
+    from vlkern.data.prompts import Picture, Prompt
     from vlkern.data.vocabulary import Vocabulary
 
 #: Called with the number of the prompt and the next piece of its answer.
@@ -104,10 +105,10 @@ class _Row:
 
 def generate(
     model: Any,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: "Sequence[str | Sequence[int] | Prompt]",
     *,
     tokenizer: "Vocabulary | None" = None,
-    images: Sequence[torch.Tensor | None] | None = None,
+    images: "Sequence[Sequence[Picture]] | None" = None,
     max_new_tokens: int = 128,
     sampler: Sampler = GREEDY,
     stop: str | Sequence[str] = (),
@@ -125,11 +126,11 @@ def generate(
 
     Args:
         model: Gemma, PaliGemma or Gemma3, on any device.
-        prompts: for each row a text, which becomes tokens as the model was trained (`prompt_tokens`), or tokens, which
-            are taken as they are.
+        prompts: for each row a text, which becomes tokens as the model was trained (`prompt_of`), or tokens, or a
+            `vlkern.data.Prompt` with its pictures, which are taken as they are.
         tokenizer: from `vlkern.data.load_vocabulary`; needed for texts, and to give texts back. Ids that it does not
             have are never chosen.
-        images: for each row its pictures [n, 3, H, W] as the model takes them (`pixels`), or None.
+        images: for each row of text its pictures, as Pillow's images or the contents of files.
         max_new_tokens: the most tokens of an answer.
         sampler: how a token is chosen; the most likely one by default.
         stop: an answer ends before any of these strings.
@@ -168,13 +169,11 @@ def generate(
         raise ValueError("stop needs a tokenizer, got none")
     if not prompts:
         return []
-    pictures = [None] * len(prompts) if images is None else list(images)
+    pictures = [()] * len(prompts) if images is None else list(images)
     if len(pictures) != len(prompts):
-        raise ValueError(f"images must be one tensor or None for each of the {len(prompts)} prompts, got {len(images)}")
-    rows = [
-        prompt_tokens(model, prompt, tokenizer, 0 if picture is None else len(picture))
-        for prompt, picture in zip(prompts, pictures, strict=True)
-    ]
+        raise ValueError(f"images must be one sequence for each of the {len(prompts)} prompts, got {len(pictures)}")
+    given = [prompt_of(model, prompt, tokenizer, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+    rows = [prompt.ids for prompt in given]
     longest = max(map(len, rows))
     needed = longest + max_new_tokens
     if capacity is not None and needed > capacity:
@@ -183,18 +182,19 @@ def generate(
         )
     streams = [_stream(tokenizer, stops, callback, row) for row in range(len(rows))]
     uniforms = sampler.uniforms(len(rows), max_new_tokens)
-    given = [picture for picture in pictures if picture is not None and len(picture)]
+    pixels = [prompt.pixels for prompt in given if prompt.pixels is not None]
     device = next(model.parameters()).device
     times = Times() if times is None else times
     with torch.inference_mode():
         begin = time.perf_counter()
         session = Session(
-            model, rows, torch.cat(given).to(device) if given else None,
+            model, rows, torch.cat(pixels).to(device) if pixels else None,
             capacity=capacity or needed, room=prefill_chunk, cache_dtype=cache_dtype,
         )  # fmt: skip
         logits = session.prefill()
         times.prompt, times.prefill = sum(map(len, rows)), time.perf_counter() - begin
-        limit = logits.shape[1] if tokenizer is None else min(tokenizer.size, logits.shape[1])
+        limit = min(logits.shape[1], getattr(model.config, "sampled_vocabulary", logits.shape[1]))
+        limit = limit if tokenizer is None else min(limit, tokenizer.size)
         choose = _Chooser(sampler, rows, uniforms, limit, device)
         ends = frozenset(_ends(tokenizer) if end is None else end)
         begin = time.perf_counter()
