@@ -4,6 +4,7 @@ from vlkern.kernels.decode_attention import decode_attention
 from vlkern.kernels.geglu import geglu
 from vlkern.kernels.interval_attention import interval_attention, interval_attention_lse
 from vlkern.kernels.linear import linear
+from vlkern.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from vlkern.kernels.norm_rope import norm_rope
 from vlkern.kernels.rms_norm import rms_norm
 from vlkern.kernels.rope_append import rope_append
@@ -15,6 +16,8 @@ __all__ = [
     "interval_attention",
     "interval_attention_lse",
     "linear",
+    "linear_cross_entropy",
+    "linear_log_probs",
     "norm_rope",
     "rms_norm",
     "rope_append",

@@ -8,6 +8,7 @@ from rooms import KERNELS, agree, device, dtypes, skip_unsupported
 
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import REGISTRY
+from vlkern.kernels.geglu import samples as geglu
 from vlkern.kernels.interval_attention import samples as interval_attention
 from vlkern.kernels.linear import samples as linear
 from vlkern.kernels.rms_norm import samples as rms_norm
@@ -40,6 +41,23 @@ def test_rms_norm(name, data):
         (x, weight), kwargs = rms_norm.inputs(sample, dtype, device(name), seed)
         calls.append(((x * scale, weight.float() if wide_weight else weight), {**kwargs, "eps": eps}))
     agree(REGISTRY["rms_norm"], name, calls)
+
+
+@every_kernel
+@fuzz
+@hypothesis.given(data=st.data())
+def test_geglu(name, data):
+    sample = geglu.Sample(
+        "random",
+        (data.draw(st.integers(0, 9)), data.draw(st.integers(1, 900))),
+        contiguous=data.draw(st.booleans()),
+    )
+    dtype, scale = data.draw(st.sampled_from(dtypes(name))), 10.0 ** data.draw(st.integers(-2, 2))
+    calls = []
+    for seed in SEEDS:
+        (gate, up), kwargs = geglu.inputs(sample, dtype, device(name), seed)
+        calls.append(((gate * scale, up), kwargs))
+    agree(REGISTRY["geglu"], name, calls)
 
 
 @every_kernel

@@ -66,6 +66,11 @@ def linear_formula(
     return F.gelu(y, approximate="tanh") if activation else y
 
 
+def geglu_formula(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The line found in most model files."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def sigmoid_loss_formula(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -191,6 +196,15 @@ def _flex_attention() -> Function:
 
 
 RACES: dict[str, Race] = {
+    "geglu": Race(
+        ceiling="copy",
+        # forward: read two, write one. backward: read three, write two.
+        share={"forward": 1.0, "forward+backward": 8 / 3},
+        rivals=(
+            Contestant("eager", partial(_plain, geglu_formula)),
+            Contestant("torch.compile", partial(_compiled, geglu_formula), compiled=True),
+        ),
+    ),
     "interval_attention": Race(
         ceiling="matmul",
         # The backward does five products, the forward two.
