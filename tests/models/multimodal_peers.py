@@ -21,7 +21,7 @@ PALIGEMMA = {
         VISION,
         GemmaConfig(
             **_SIZES, kv_heads=2, query_scalar=11, version=2, vocabulary=64, pattern="LG", window=12,
-            attention_softcap=2.0, final_softcap=3.0,
+            attention_softcap=2.0, final_softcap=3.0, whole_prefix=True,
         ),
         60,
         60,

@@ -23,6 +23,8 @@ class Chunk(NamedTuple):
     length      [B] int32: and with it; 0 in rows that sit out
     longest     the most tokens of a row in this chunk
     partial     some rows may sit out
+    whole       tokens whose `until` is not less than their own position see their row from its start, in layers with a
+                window too: they are its prefix
     """
 
     cu_seqlens: torch.Tensor
@@ -33,6 +35,7 @@ class Chunk(NamedTuple):
     length: torch.Tensor
     longest: int
     partial: bool = False
+    whole: bool = False
 
     @property
     def batch(self) -> int:
@@ -48,6 +51,8 @@ class Chunk(NamedTuple):
     def bounds(self, window: int | None, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """start, stop [T] int32 for `ops.interval_attention`, where position p of row b is key first[b] + p."""
         low = torch.zeros_like(self.positions) if window is None else (self.positions - (window - 1)).clamp(min=0)
+        if self.whole and self.until is not None:
+            low = torch.where(self.until < self.positions, low, 0)
         high = self.positions if self.until is None else torch.maximum(self.positions, self.until)
         at = first[self.rows]
         start, stop = at + low, at + high + 1

@@ -91,6 +91,7 @@ _RELEASED = (
 
 
 def _preset(vision: VisionConfig, language: GemmaConfig, size: int) -> PaliGemmaConfig:
+    language = replace(language, whole_prefix=language.version == 2)
     return PaliGemmaConfig(vision, language, size, 1).for_vocabulary(size)
 
 
@@ -146,7 +147,8 @@ class PaliGemma(Multimodal):
         super().__init__(config, Projector(config.vision.width, config.language.width))
 
     def until(self, ids: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
-        """The last position within its row that each token sees: the end of the prefix, or behind it its own.
+        """The last position within its row that each token of the prefix sees: its end. -1 for those behind it, which
+        are causal.
 
         Args:
             ids: [T], of which only the number counts.
@@ -175,4 +177,5 @@ class PaliGemma(Multimodal):
                 f"prefix must be at most the row's length, {int(lengths[row])}, got prefix[{row}] = {int(prefix[row])}"
             )
         row, position = row_of(cu_seqlens, tokens)
-        return torch.maximum(position, prefix.int()[row] - 1)
+        end = prefix.int()[row] - 1
+        return torch.where(position <= end, end, -1)
