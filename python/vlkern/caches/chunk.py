@@ -23,8 +23,8 @@ class Chunk(NamedTuple):
     length      [B] int32: and with it; 0 in rows that sit out
     longest     the most tokens of a row in this chunk
     partial     some rows may sit out
-    whole       tokens whose `until` is not less than their own position see their row from its start, in layers with a
-                window too: they are its prefix
+    whole       what the first token of a row sees is the row's prefix, which its tokens see as a whole in layers with a
+                window, too
     """
 
     cu_seqlens: torch.Tensor
@@ -52,7 +52,8 @@ class Chunk(NamedTuple):
         """start, stop [T] int32 for `ops.interval_attention`, where position p of row b is key first[b] + p."""
         low = torch.zeros_like(self.positions) if window is None else (self.positions - (window - 1)).clamp(min=0)
         if self.whole and self.until is not None:
-            low = torch.where(self.until < self.positions, low, 0)
+            prefix = self.until[self.cu_seqlens[:-1].clamp(max=len(self.until) - 1)].masked_fill(self.before > 0, -1)
+            low = torch.where(self.positions <= prefix[self.rows], 0, low)
         high = self.positions if self.until is None else torch.maximum(self.positions, self.until)
         at = first[self.rows]
         start, stop = at + low, at + high + 1

@@ -147,8 +147,7 @@ class PaliGemma(Multimodal):
         super().__init__(config, Projector(config.vision.width, config.language.width))
 
     def until(self, ids: torch.Tensor, cu_seqlens: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
-        """The last position within its row that each token of the prefix sees: its end. -1 for those behind it, which
-        are causal.
+        """The last position within its row that each token sees: the end of the prefix, or behind it its own.
 
         Args:
             ids: [T], of which only the number counts.
@@ -177,5 +176,4 @@ class PaliGemma(Multimodal):
                 f"prefix must be at most the row's length, {int(lengths[row])}, got prefix[{row}] = {int(prefix[row])}"
             )
         row, position = row_of(cu_seqlens, tokens)
-        end = prefix.int()[row] - 1
-        return torch.where(position <= end, end, -1)
+        return torch.maximum(position, prefix.int()[row] - 1)
