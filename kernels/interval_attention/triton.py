@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vlkern._triton import chip
+from vlkern._triton_math import tanh
 from vlkern.kernels.interval_attention.triton_tiles import factors, pick, pitches, regular, widths
 
 #: Blocks of queries whose bounds a program looks at together: at first for all, then among those it may need.
@@ -73,23 +74,10 @@ def _add(z1, z2, x, y1, y2, D2: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    """To 2e-7 of itself: below a half x + x^3 times a minimax polynomial in x^2, as (1 - e) / (1 + e) loses small x."""
-    z = x * x
-    p = 0.0172574571 * z - 0.0530531447
-    p = p * z + 0.133259897
-    p = p * z - 0.333331485
-    a = tl.abs(x)
-    e = tl.exp2(a * -2.88539008)  # exp(-2 |x|)
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(a < 0.5, x + x * z * p, tl.where(x < 0.0, -large, large))
-
-
-@triton.jit
 def _scores(dots, factor, cap, CAPPED: tl.constexpr):
     """s log2(e) from q . k, and ds / d(scale q . k)."""
     if CAPPED:
-        t = _tanh(dots * factor)
+        t = tanh(dots * factor)
         return t * cap, 1.0 - t * t
     return dots * factor, dots
 

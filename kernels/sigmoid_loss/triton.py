@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from vlkern._triton import Chip, chip
+from vlkern._triton_math import add_product
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,6 @@ class _Sweep:
         )  # fmt: skip
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int) -> None:
-    """total [I, J] = beta total + a [I, K] @ b [K, J], with float32 sums from a and b of any dtype."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # float32, or the interpreter: PyTorch multiplies mixed dtypes on GPUs only
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
-
-
 def sigmoid_loss(
     image: torch.Tensor,
     text: torch.Tensor,
@@ -248,9 +241,9 @@ def sigmoid_loss_grad(
         count = rows.stop - first
         sweep.launch(first, count, g_chunk, unit)
         g, dx = g_chunk[:count, : sweep.n], d_chunk[:count]
-        _add_product(dx, g, y, beta=0)
+        add_product(dx, g, y, beta=0)
         torch.mul(dx, factor, out=d_image[rows])
-        _add_product(d_text, g.t(), x[rows], beta=min(first, 1))
+        add_product(d_text, g.t(), x[rows], beta=min(first, 1))
     loss, d_scale, d_bias = (weight * total for total in sweep.sums.sum(1))
     d_text = torch.mul(d_text, factor, out=d_text if dtype == torch.float32 else torch.empty_like(y))
     return loss, d_image, d_text, d_scale, d_bias
