@@ -9,7 +9,7 @@ from typing import Any
 
 from vlkern._progress import say
 from vlkern.errors import UserError
-from vlkern.evaluation import plots, report, tasks
+from vlkern.evaluation import paligemma, plots, report, tasks
 from vlkern.evaluation.encoder import Embedded, Encoder
 from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import FolderPictures, ShardPictures, open_pictures, require_some
@@ -18,7 +18,7 @@ from vlkern.evaluation.zeroshot import TEMPLATES, load_classes, load_templates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sub-command `siglip`."""
+    """A sub-command for each kind of model."""
     families = parser.add_subparsers(dest="family", required=True, metavar="MODEL")
     text = "two-tower models: retrieval, zero-shot classification, retrieval by language"
     siglip = families.add_parser("siglip", help=text, description=f"Evaluate {text}.")
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--templates", default="clip_best", metavar="T", help=f"{shown}, or a file, one a line (default: clip_best)")
     add("--retrieval", action="store_true", help="retrieval over captions also with --languages or --class-key")
     add("--out", type=Path, metavar="DIR", help="where results.json, results.md and plots go")
+    text = "PaliGemma: classes, boxes and captions of clip art or of your own pictures"
+    paligemma.add_arguments(families.add_parser("paligemma", help=text, description=f"Evaluate {text}."))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -154,6 +156,8 @@ def _zero_shot(encoder: Encoder, embedded: Embedded, asked: _Asked, templates: S
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate. Raises UserError for everything that the user can mend."""
+    if args.family == "paligemma":
+        return paligemma.run(args)
     _check(args)
     encoder = encoder_of(args)
     key = args.caption_key if args.retrieval else args.names_key if args.languages else args.class_key

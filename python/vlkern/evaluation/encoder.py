@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from vlkern import data, info, models
+from vlkern._device import device_of
 from vlkern.data.images import Size
 from vlkern.errors import UserError
 from vlkern.evaluation.pictures import Pictures
@@ -22,11 +23,6 @@ from vlkern.models.siglip import Siglip
 
 #: Batches that are read ahead while the model works.
 _AHEAD = 2
-
-
-def default_device() -> str:
-    """The GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,11 +225,7 @@ def load_encoder(
     if not path.exists():
         raise UserError(f"--model {folder}: no such folder or file")
     beside = path if path.is_dir() else path.parent
-    device = device or default_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not available ({next(iter(str(error).splitlines()), '')})") from error
+    device = device_of(device)
     model = models.load_pretrained(path, dtype=torch.float32)
     if not isinstance(model, Siglip | Naflex | Navit):
         raise UserError(f"--model {folder}: expected a SigLIP or a NaViT, got a {type(model).__name__}")

@@ -11,6 +11,7 @@ from vlkern import data, models
 from vlkern._malloc import recycle_memory
 from vlkern.data.tasks import PREFIXES
 from vlkern.errors import UserError
+from vlkern.layers.init import dense_
 from vlkern.models import paligemma
 from vlkern.models.paligemma import PaliGemma
 from vlkern.models.siglip import resized_config
@@ -104,6 +105,9 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         config = config.for_vocabulary(vocabulary.size)
         torch.manual_seed(settings["seed"])
         model = PaliGemma(config)
+        # The released models start with a projector of zeros between two trained parts. From scratch that would put
+        # RMS norms on vectors of zeros, whose gradients are a thousand times larger than all others.
+        dense_(model.projector.linear, lecun=True)
     elif vocabulary.size > config.sampled_vocabulary:
         raise UserError(
             f"--tokenizer: it has {vocabulary.size} ids, the model {config.sampled_vocabulary}: take the one that "
