@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": ("vlkern.demo.cli", "train a small SigLIP on real pictures and search them"),
     "train": ("vlkern.train.cli", "train a model on image-text pairs, on one process or under torchrun"),
     "eval": ("vlkern.evaluation.cli", "measure a trained model: retrieval, zero-shot classification, languages"),
+    "generate": ("vlkern.generation.cli", "answer a prompt about pictures, or continue a text"),
     "search": ("vlkern.search.cli", "find pictures by words"),
     "bench": ("vlkern.bench.cli", "compare every op with its rivals"),
 }
@@ -40,7 +41,7 @@ def _version() -> str:
 
 
 def _top() -> argparse.ArgumentParser:
-    lines = [f"  {name:<8}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     parser = _Parser(
         prog="vlkern",
         usage="vlkern [--help] [--version] COMMAND [OPTIONS]",

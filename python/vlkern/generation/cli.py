@@ -1,0 +1,193 @@
+"""`vlkern generate`."""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlkern import boxes, data, models
+from vlkern._device import device_of
+from vlkern._files import reason, write_file
+from vlkern.data.images import open_image
+from vlkern.data.prompts import Prompt, check_tokenizer
+from vlkern.errors import UserError
+from vlkern.evaluation.options import whole
+from vlkern.evaluation.report import check_file
+from vlkern.generation.generate import Times, generate
+from vlkern.generation.prompts import prompt_of
+from vlkern.generation.sampling import Sampler
+from vlkern.generation.untrained import numbers_of, random_model
+from vlkern.models.gemma import Gemma
+from vlkern.models.gemma3 import Gemma3
+from vlkern.models.multimodal import Multimodal
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_CACHES = {**_DTYPES, "int8": torch.int8}
+
+
+def _real(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {value!r}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, prompt, sampling, machine."""
+    model = parser.add_argument_group("model")
+    given = model.add_mutually_exclusive_group(required=True)
+    given.add_argument("--model", type=Path, metavar="DIR", help="RUN/model of a training, or a Hugging Face directory")
+    given.add_argument("--random-weights", metavar="PRESET", help="a model without a checkpoint, for timing")
+    model.add_argument("--tokenizer", metavar="PATH", help="file, folder or `bytes` (that in the model's DIR)")
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--prompt", metavar="TEXT", help='such as "caption en", "detect cat ; dog"')
+    prompt.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; may be repeated"
+    )
+    prompt.add_argument("--chat", action="store_true", help="the prompt is a turn in a talk with a tuned model")
+    prompt.add_argument(
+        "--prompt-tokens", type=whole, metavar="N", help="with --random-weights, instead: a prompt of N tokens"
+    )
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("--max-new-tokens", type=whole, default=128, metavar="N", help="at most (128)")
+    answer.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    answer.add_argument("--draw", type=Path, metavar="FILE", help="write the picture with the answer's boxes (.png)")
+    answer.add_argument("--masks", type=Path, metavar="FILE", help="for --draw: the VQ-VAE of <seg> tokens")
+    choice = parser.add_argument_group("sampling (without any of these always the most likely token)")
+    choice.add_argument("--temperature", type=_real, metavar="T", help="divides the logits (1)")
+    choice.add_argument("--top-k", type=whole, metavar="K", help="only the K most likely tokens")
+    choice.add_argument(
+        "--top-p", type=_real, metavar="P", help="only the most likely ones with probability P together"
+    )
+    choice.add_argument("--min-p", type=_real, metavar="P", help="only those P times as likely as the most likely one")
+    choice.add_argument(
+        "--repetition-penalty", type=_real, default=1.0, metavar="X", help="divides the logits of what was said (1)"
+    )
+    choice.add_argument("--seed", type=int, metavar="N", help="the same answer each time")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (a GPU if there is one)")
+    machine.add_argument("--dtype", choices=_DTYPES, help="of the model (that of its files; random: bfloat16)")
+    machine.add_argument("--cache-dtype", choices=_CACHES, help="of keys and values (that of the model)")
+
+
+def _check(args: argparse.Namespace) -> Sampler:
+    """What can be said before anything is loaded."""
+    if (args.prompt is None) == (args.prompt_tokens is None):
+        raise UserError("--prompt: expected a text" + ("" if args.prompt is None else ", or --prompt-tokens, not both"))
+    if args.prompt_tokens is not None and (args.random_weights is None or args.image or args.chat):
+        raise UserError("--prompt-tokens: only with --random-weights, and without --image and --chat")
+    if args.draw is not None:
+        if len(args.image) != 1:
+            raise UserError(f"--draw: needs one --image, got {len(args.image)}")
+        check_file("--draw", args.draw)
+    if args.masks is not None and args.draw is None:
+        raise UserError("--masks: only with --draw")
+    chosen = (args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    drawn = 0.0 if all(value is None for value in chosen) else 1.0
+    try:
+        return Sampler(
+            temperature=drawn if args.temperature is None else args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty, seed=args.seed,
+        )  # fmt: skip
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
+
+
+def _model(args: argparse.Namespace) -> Any:
+    device = device_of(args.device)
+    dtype = _DTYPES[args.dtype] if args.dtype else None
+    if args.random_weights is not None:
+        return random_model(args.random_weights, dtype=dtype or torch.bfloat16, device=device, seed=args.seed or 0)
+    try:
+        model: Any = models.load_pretrained(args.model, dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from error
+    if not isinstance(model, Gemma | Multimodal):
+        raise UserError(f"--model {args.model}: expected a Gemma or a PaliGemma, got {type(model).__name__}")
+    return model.to(device)
+
+
+def _vocabulary(args: argparse.Namespace, model: Any) -> data.Vocabulary:
+    if args.random_weights is not None and args.tokenizer is None:
+        return numbers_of(model)
+    try:
+        vocabulary = data.load_vocabulary(args.tokenizer or args.model)
+    except data.DataError as error:
+        raise UserError(f"{error}; give one with --tokenizer" if args.tokenizer is None else str(error)) from error
+    if isinstance(model, Multimodal):
+        check_tokenizer(vocabulary, model.config)
+    return vocabulary
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--image {path}: cannot read ({reason(error)})") from error
+
+
+def _prompt(args: argparse.Namespace, model: Any, vocabulary: data.Vocabulary, images: list[bytes]) -> Prompt:
+    if args.prompt_tokens is not None:
+        generator = torch.Generator().manual_seed(args.seed or 0)
+        ids = torch.randint(3, data.BytePieces.FIXED, (args.prompt_tokens,), generator=generator)
+        return prompt_of(model, ids.tolist(), vocabulary)
+    if not args.chat:
+        return prompt_of(model, args.prompt, vocabulary, images)
+    if isinstance(model, Gemma3):
+        return data.chat_prompt(model.config, vocabulary, [("user", args.prompt)], images)
+    return prompt_of(model, data.chat_text([("user", args.prompt)]), vocabulary, images)
+
+
+def _draw(args: argparse.Namespace, image: bytes, text: str) -> None:
+    """The picture with what the answer says. Names what could not be read."""
+    picture = open_image(image)
+    answer = boxes.parse(text)
+    for problem in answer.problems:
+        print(f"not drawn: {problem}", file=sys.stderr)
+    masks = None
+    if args.masks is not None:
+        masks = boxes.load_mask_vae(args.masks).masks(answer.objects, picture.height, picture.width)
+    out = io.BytesIO()
+    boxes.draw(picture, answer.objects, masks=masks).save(out, "PNG")
+    write_file(args.draw, out.getvalue())
+    print(f"wrote {args.draw}: {len(answer.objects)} boxes", file=sys.stderr)
+
+
+def _stream(row: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)" if seconds else f"{tokens} tokens"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate. Raises UserError for everything that the user can mend."""
+    sampler = _check(args)
+    images = [_read(path) for path in args.image]
+    model = _model(args)
+    vocabulary = _vocabulary(args, model)
+    config = model.config.language if isinstance(model, Multimodal) else model.config
+    times = Times()
+    try:
+        prompt = _prompt(args, model, vocabulary, images)
+        if len(prompt.ids) + args.max_new_tokens > config.context:
+            raise UserError(
+                f"--max-new-tokens {args.max_new_tokens}: with the {len(prompt.ids)} of the prompt more tokens than "
+                f"{config.context}, for which the model was trained"
+            )
+        [completion] = generate(
+            model, [prompt], tokenizer=vocabulary, max_new_tokens=args.max_new_tokens, sampler=sampler, stop=args.stop,
+            callback=_stream, cache_dtype=_CACHES[args.cache_dtype] if args.cache_dtype else None, times=times,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(flush=True)
+    print(f"prefill {_speed(times.prompt, times.prefill)}, decode {_speed(times.steps, times.decode)}", file=sys.stderr)
+    if args.draw is not None:
+        _draw(args, images[0], completion.text)
+    return 0
