@@ -12,10 +12,11 @@ import torch
 
 import vlkern
 from vlkern.bench import cli, machine, memory, naflex, oracle, rivals, runner, siglip, table, timing
-from vlkern.bench.case import MODES, Case, samples_of
+from vlkern.bench.case import Case, modes_of, samples_of
 from vlkern.bench.rivals import Absent, Contestant
 
 MIB = 2**20
+MODES = modes_of("rms_norm")
 CEILINGS = {"copy_GBps": {"copy": 1.0, "clone": 1.0}, "matmul_TFLOPs": {"fp32": 1.0}}
 
 
@@ -123,7 +124,7 @@ def test_every_rival_computes_the_op(op: str, dtype: torch.dtype) -> None:
             function = rival.make()
         except Absent:
             continue
-        for mode in MODES:
+        for mode in modes_of(one.op):
             oracle.errors(one, inputs, want, function, mode)
         checked += 1
     assert checked >= 1
@@ -140,7 +141,7 @@ def test_the_blockwise_truth_is_the_reference() -> None:
 def test_memory_counts_a_contestants_scratch() -> None:
     one = case("rms_norm", "gemma3_270m")
     plain, extra = (
-        memory.extra_memory(one, Contestant("c", partial(made, f))) for f in (rivals.rms_norm_formula, hungry)
+        memory.extra_memory(one, Contestant("c", partial(made, f)), MODES) for f in (rivals.rms_norm_formula, hungry)
     )
     assert 62 * MIB < extra["forward"] - plain["forward"] < 66 * MIB
     assert (
@@ -150,7 +151,7 @@ def test_memory_counts_a_contestants_scratch() -> None:
 
 def test_memory_says_when_the_process_dies() -> None:
     with pytest.raises(RuntimeError, match="no such kernel"):
-        memory.extra_memory(case("rms_norm", "one"), Contestant("c", partial(made, crashing)))
+        memory.extra_memory(case("rms_norm", "one"), Contestant("c", partial(made, crashing)), MODES)
 
 
 def parsed(*argv: str) -> argparse.Namespace:

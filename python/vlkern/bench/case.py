@@ -12,10 +12,14 @@ import vlkern
 from vlkern._op import REGISTRY
 from vlkern.bench.rivals import RACES, Contestant, Function
 
-MODES = ("forward", "forward+backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The backends worth timing on a device; the reference takes part only where there is no other.
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
+def modes_of(op: str) -> tuple[str, ...]:
+    """ "forward" and, where the op has gradients, "forward+backward"."""
+    return tuple(RACES[op].share)
 
 
 def samples_of(op: str) -> ModuleType:

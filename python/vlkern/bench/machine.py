@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def copy_rates(device: str, mebibytes: int) -> dict[str, float]:
         call()
     best = {name: min(t) for name, t in race(calls, Clock(device, cold=False), 5, fixed=True).items()}
     return {name: 2e-6 * source.nbytes / ms for name, ms in best.items()}
+
+
+def reader(source: torch.Tensor) -> Callable[[], object]:
+    """A call that reads a float32 tensor once, as fast as memory gives it."""
+    return source.sum
+
+
+def read_rate(device: str, mebibytes: int) -> float:
+    """GB/s of reading."""
+    source = torch.ones(mebibytes << 18, device=device)
+    return 1e-6 * source.nbytes / min(race({"read": reader(source)}, Clock(device, cold=False), 7, fixed=True)["read"])
 
 
 def matmul_rate(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> float:

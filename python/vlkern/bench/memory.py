@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from vlkern.bench.case import MODES, Case, Inputs, samples_of
+from vlkern.bench.case import Case, Inputs, modes_of, samples_of
 from vlkern.bench.rivals import Contestant, Function
 
 _M_MMAP_THRESHOLD = -3
@@ -41,7 +41,7 @@ def _warm_up(case: Case, contestant: Contestant, inputs: Inputs, function: Funct
     if not contestant.compiled:
         small = [s for s in samples_of(case.op).SAMPLES if not s.bench][-1]
         inputs = Case(case.op, small, case.dtype, case.device).inputs()
-    for mode in MODES:
+    for mode in modes_of(case.op):
         inputs.run(function, mode)
 
 
@@ -94,7 +94,7 @@ def _on_cuda(case: Case, contestant: Contestant, modes: tuple[str, ...]) -> dict
     return peaks
 
 
-def extra_memory(case: Case, contestant: Contestant, modes: tuple[str, ...] = MODES) -> dict[str, int]:
+def extra_memory(case: Case, contestant: Contestant, modes: tuple[str, ...]) -> dict[str, int]:
     """Mode -> bytes. Raises RuntimeError when the contestant does not survive its own process."""
     measure = _on_cpu if case.device == "cpu" else _on_cuda
     return {mode: max(0, peak) for mode, peak in measure(case, contestant, modes).items()}

@@ -23,12 +23,15 @@ Call = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Event:
-    """One race: `enter` makes name -> call for a dtype, `truth` gives the float64 output, `flops` counts one call."""
+    """One race: `enter` makes name -> call for a dtype, `truth` gives the float64 output.
+
+    work    of one call: FLOPs, or, where reading is the ceiling, bytes for a dtype
+    """
 
     sample: str
     shape: list[int]
     mode: str
-    flops: float
+    work: float | Callable[[torch.dtype], float]
     enter: Callable[[torch.dtype], dict[str, Callable[[], Call]]]
     truth: Callable[[], torch.Tensor]
 
@@ -51,6 +54,15 @@ def call_of(
             return pick(model(*arguments))
 
     return call
+
+
+def _share(event: Event, dtype_name: str, ms: float, ceilings: dict[str, Any]) -> Row:
+    """The rate of a call, and its share of the ceiling."""
+    if callable(event.work):
+        rate = 1e-6 * event.work(DTYPES[dtype_name]) / ms
+        return {"GBps": rate, "fraction": rate / ceilings["read_GBps"]}
+    rate = 1e-9 * event.work / ms
+    return {"TFLOPs": rate, "fraction": rate / ceilings["matmul_TFLOPs"][dtype_name]}
 
 
 def race(event: Event, dtype_name: str, ceilings: dict[str, Any], rounds: int) -> list[Row]:
@@ -78,9 +90,8 @@ def race(event: Event, dtype_name: str, ceilings: dict[str, Any], rounds: int) -
     best = min(rivals, key=lambda n: timing.spread(times[n])["median"], default=None)
     for name, ms in times.items():
         spread = timing.spread(ms)
-        rate = 1e-9 * event.flops / spread["median"]
         rows[name] |= {"error": errors[name], "gradient_error": None, "ms": spread, "rounds": len(ms)}
-        rows[name] |= {"TFLOPs": rate, "fraction": rate / ceilings["matmul_TFLOPs"][dtype_name], "best_rival": best}
+        rows[name] |= {**_share(event, dtype_name, spread["median"], ceilings), "best_rival": best}
         rows[name]["speedup"] = timing.ratio(times[best], ms) if best else None
     return list(rows.values())
 
@@ -100,6 +111,7 @@ def run(
     args: argparse.Namespace,
     rivals: Sequence[str],
     events: Iterable[Callable[[], Event]],
+    ceiling: str = "matmul",
 ) -> int:
     """Race, print, and write <out>/<hardware>/<name>.json with its plots.
 
@@ -109,6 +121,7 @@ def run(
         args: what it parsed.
         rivals: packages, of which the first must be there.
         events: made one after the other, so that one set of models is in memory.
+        ceiling: "matmul" or "read".
     """
     versions = machine.versions()
     for rival in rivals:
@@ -120,6 +133,8 @@ def run(
     torch.manual_seed(0)
     recycle = args.malloc == "recycle"
     ceilings = machine.ceilings("cpu", {name: DTYPES[name] for name in args.dtypes}, recycle=recycle)
+    if ceiling == "read":
+        ceilings["read_GBps"] = machine.read_rate("cpu", 512)
     hardware = machine.hardware("cpu")
     hardware["slug"] += "" if recycle else "-default-malloc"
     rows: list[Row] = []
@@ -131,7 +146,7 @@ def run(
     settings = {"repeats": args.repeats, "device": "cpu", "quick": False}
     result = {
         "schema": SCHEMA, "hardware": hardware, "versions": versions, "settings": settings, "ceilings": ceilings,
-        "op": name, "ceiling": "matmul", "rows": rows,
+        "op": name, "ceiling": ceiling, "rows": rows,
     }  # fmt: skip
     print("\n".join(report.machine_lines(result)))
     report.show(result)

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlkern.bench.case import Case, Inputs, backend_contestant
+from vlkern.bench.case import Case, Inputs, backend_contestant, modes_of
 from vlkern.bench.rivals import Function
 from vlkern.kernels.interval_attention import reference as attention
 from vlkern.kernels.sigmoid_loss import reference as sigmoid_loss
@@ -64,7 +64,7 @@ def truth(case: Case, inputs: Inputs) -> list[torch.Tensor]:
         return _sigmoid_loss_in_blocks(inputs.to(torch.float32 if case.huge else torch.float64))
     if case.op == "interval_attention" and not inputs.kwargs and inputs.args[0].shape[0] > _BLOCK:
         return _attention_in_blocks(inputs.to(torch.float64))
-    return inputs.to(torch.float64).run(backend_contestant(case.op, "reference").make(), "forward+backward")
+    return inputs.to(torch.float64).run(backend_contestant(case.op, "reference").make(), modes_of(case.op)[-1])
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -70,6 +70,8 @@ def machine_lines(result: dict[str, Any]) -> list[str]:
     ]
     if default := ceilings.get("copy_GBps_default_malloc"):
         lines[-1] += f" ({default['clone']:.1f} GB/s with malloc's default settings)"
+    if "read_GBps" in ceilings:
+        lines.append(f"reading {ceilings['read_GBps']:.1f} GB/s")
     lines.append("matmul " + ", ".join(f"{rate:.2f} TFLOP/s in {d}" for d, rate in ceilings["matmul_TFLOPs"].items()))
     return lines
 

@@ -37,8 +37,8 @@ class Contestant:
 class Race:
     """The rivals of one op and the ceiling it is held against.
 
-    ceiling  "copy" (bytes moved) or "matmul" (FLOPs)
-    share    mode -> multiple of the room's work() that this mode does
+    ceiling  "copy" (bytes read and written), "read" (bytes read) or "matmul" (FLOPs)
+    share    mode -> multiple of the room's work() that this mode does; "forward" alone where there is no gradient
     """
 
     ceiling: str

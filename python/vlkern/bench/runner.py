@@ -10,14 +10,14 @@ import torch
 
 from vlkern._op import REGISTRY
 from vlkern.bench import machine, timing
-from vlkern.bench.case import DTYPES, MODES, Case, Inputs, samples_of
+from vlkern.bench.case import DTYPES, Case, Inputs, modes_of, samples_of
 from vlkern.bench.memory import extra_memory
 from vlkern.bench.oracle import errors, truth
 from vlkern.bench.rivals import RACES, Absent, Contestant, Function
 
 SCHEMA = 1
-#: The pseudo-contestant that moves as many bytes as the case, in the same rounds.
-COPY = "copy (ceiling)"
+#: The pseudo-contestant that copies or reads as many bytes as the case moves, in the same rounds.
+CEILING = "ceiling"
 #: Who needs longer than this for one call is not raced: some CPUs have no fast bfloat16 matmul at all.
 PATIENCE = 20.0
 Row = dict[str, Any]
@@ -119,7 +119,9 @@ def _checked(
     return right, out
 
 
-def _copy_call(nbytes: float, device: str) -> Callable[[], object]:
+def _ceiling_call(ceiling: str, nbytes: float, device: str) -> Callable[[], object]:
+    if ceiling == "read":
+        return machine.reader(torch.ones(int(nbytes) // 4, device=device))
     source = torch.ones(int(nbytes) // 8, device=device)
     return partial(torch.zeros_like(source).copy_, source)
 
@@ -138,8 +140,8 @@ def _rows(
     right, out = _checked(case, inputs, functions, mode, want)
     calls: dict[str, Callable[[], object]] = {n: partial(inputs.run, functions[n], mode) for n in right if n not in out}
     work, ceiling = case.work(inputs, mode), RACES[case.op].ceiling
-    if ceiling == "copy":
-        calls[COPY] = _copy_call(work["bytes"], case.device)
+    if ceiling != "matmul":
+        calls[CEILING] = _ceiling_call(ceiling, work["bytes"], case.device)
     times = timing.race(calls, clock, 1 if case.huge else rounds, fixed=case.huge)
     rivals = [c.name for c in contestants if not c.ours and c.name in calls]
     best = min(rivals, key=lambda n: timing.spread(times[n])["median"], default=None)
@@ -153,8 +155,8 @@ def _rows(
             row |= {"error": found[0], "gradient_error": max(found[1:], default=None)}
             row |= {"ms": timing.spread(ms), "rounds": len(ms)}
             median = row["ms"]["median"]
-            if ceiling == "copy":
-                row |= {"GBps": 1e-6 * work["bytes"] / median, "fraction": timing.ratio(times[COPY], ms)["median"]}
+            if ceiling != "matmul":
+                row |= {"GBps": 1e-6 * work["bytes"] / median, "fraction": timing.ratio(times[CEILING], ms)["median"]}
             else:
                 rate = 1e-9 * work["flops"] / median
                 row |= {"TFLOPs": rate, "fraction": rate / ceilings["matmul_TFLOPs"][case.dtype_name]}
@@ -183,7 +185,7 @@ def run_case(
     want = truth(case, inputs)
     rows: list[Row] = []
     label = {"sample": case.sample.name, "shape": list(inputs.args[0].shape), "dtype": case.dtype_name}
-    for mode in MODES:
+    for mode in modes_of(case.op):
         say(f"{case.op} {case.sample.name} {case.dtype_name} {mode}")
         found = _rows(case, inputs, mode, ceilings, s.repeats, clock, entered, functions, want)
         rows += [{**label, "mode": mode, **row} for row in found]
