@@ -113,13 +113,13 @@ class Questions:
         }
 
     def boxes(self, numbers: Sequence[int], show: Show = lambda done: None) -> dict[str, Any]:
-        """Recall of boxes, with and without the right class, and of another canvas's boxes."""
+        """Recall of boxes, with and without the right class."""
         results = self.each("detect", numbers, show)
         truth = [example.objects for _, example, _ in results]
         said = [parse(text).objects for _, _, text in results]
         count = max(sum(map(len, truth)), 1)
         hits = [found(objects, answer) for objects, answer in zip(truth, said, strict=True)]
-        other = [found(objects, answer) for objects, answer in zip(truth, [*said[1:], *said[:1]], strict=True)]
+        other = [found(objects, answer) for objects, answer in zip(truth, [*truth[1:], *truth[:1]], strict=True)]
         named = sum(
             hit is not None and hit.label.lower() == true.label.lower()
             for objects, row in zip(truth, hits, strict=True)
