@@ -19,7 +19,7 @@ from vlkern.layers.init import shapes_only
 from vlkern.models.gemma import Gemma, GemmaConfig
 from vlkern.models.gemma_files import WHAT as WHAT
 from vlkern.models.gemma_files import fill, preset_like
-from vlkern.models.state import Checkpoint, Source, layers
+from vlkern.models.state import Checkpoint, Source, as_tensor, layers
 
 Layout = Callable[[torch.Tensor], torch.Tensor]
 _TABLE = "embedder/input_embedding"
@@ -94,7 +94,7 @@ class Arrays:
         self.shapes = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """The array as a tensor that shares its memory where it may be written to."""
+        """The array as a tensor, which shares its memory where that may be written to."""
         return self._tensors[name]
 
 
@@ -104,9 +104,10 @@ def _leaves(tree: Mapping[str, Any], path: str) -> Iterable[tuple[str, torch.Ten
         if isinstance(value, Mapping):
             yield from _leaves(value, name + "/")
         else:
-            array = np.require(value, requirements="W")
-            low = array.dtype.name == "bfloat16"  # which NumPy itself does not have
-            yield name, torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if low else torch.from_numpy(array)
+            try:
+                yield name, as_tensor(np.require(value, requirements="W"))  # PyTorch wants memory that can be written
+            except TypeError as error:
+                raise UserError(f"tree: {name} must be an array of numbers, got {type(value).__name__}") from error
 
 
 def _root(names: Iterable[str]) -> str | None:

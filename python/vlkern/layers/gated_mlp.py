@@ -1,9 +1,9 @@
 """The gated perceptron of a transformer block."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from vlkern import ops
 from vlkern.layers.init import dense_
 from vlkern.layers.linear import Linear
 
@@ -28,4 +28,4 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x)))

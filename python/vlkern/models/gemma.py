@@ -38,11 +38,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlkern import _checks, masks, ops
+from vlkern.caches import Caches, Chunk, LinearCache, RingCache
 from vlkern.layers.gated_mlp import GatedMlp
 from vlkern.layers.init import dense_
 from vlkern.layers.linear import Linear
 from vlkern.layers.norm import RMSNorm
 from vlkern.layers.packed import check_cu_seqlens
+from vlkern.layers.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class GemmaConfig:
     window: tokens that a local layer sees, its own among them.
     attention_softcap, final_softcap: bounds of the scores and of the logits, or None.
     rope_base, rope_factor: of global layers, whose angles are divided by the factor; local_rope_base: of local ones.
+    whole_prefix: the tokens up to `until` of a row's first token see each other in local layers, too (PaliGemma 2);
+        else the window counts for them (Gemma 3).
 
     Raises:
         ValueError: no model can have these sizes.
@@ -79,6 +83,7 @@ class GemmaConfig:
     rope_base: float = 10_000.0
     rope_factor: float = 1.0
     local_rope_base: float = 10_000.0
+    whole_prefix: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -134,25 +139,6 @@ _MODELS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
 PRESETS = {name: GemmaConfig(*sizes, **common) for name, common, sizes in _MODELS}
 
 
-class _Rope:
-    def __init__(self, head_dim: int, base: float, scale: float = 1.0) -> None:
-        self.head_dim, self.base, self.scale = head_dim, base, scale
-
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        j = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device)
-        angles = positions.unsqueeze(1) / self.scale * self.base ** (-j / self.head_dim)
-        return angles.cos().float(), angles.sin().float()
-
-
-def _norm_rope(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    y = x if weight is None else ops.rms_norm(x, weight, offset=1.0)
-    y1, y2 = y.float().chunk(2, -1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((y1 * cos - y2 * sin, y2 * cos + y1 * sin), -1).to(x.dtype)
-
-
 class Memory(Protocol):
     """What a layer attends to: the chunk itself (`Rows`), or a cache, which appends the chunk first."""
 
@@ -161,7 +147,7 @@ class Memory(Protocol):
         q_THC: torch.Tensor,
         k_TKC: torch.Tensor,
         v_TKC: torch.Tensor,
-        chunk: Any,
+        chunk: Chunk | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
         *,
@@ -194,7 +180,7 @@ class Rows(NamedTuple):
         softcap: float | None,
     ) -> torch.Tensor:
         """[T, H, C], [T, K, C], [T, K, C] -> [T, H, C]."""
-        q_THC, k_TKC = _norm_rope(q_THC, cos, sin, q_weight), _norm_rope(k_TKC, cos, sin, k_weight)
+        q_THC, k_TKC = ops.norm_rope(q_THC, cos, sin, q_weight), ops.norm_rope(k_TKC, cos, sin, k_weight)
         return ops.interval_attention(q_THC, k_TKC, v_TKC, self.start, self.stop, scale=scale, softcap=softcap)
 
 
@@ -213,7 +199,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim) if c.version == 3 else None
 
     def forward(
-        self, x_TD: torch.Tensor, memory: Memory, chunk: Any, cos: torch.Tensor, sin: torch.Tensor
+        self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         out_THC = memory.attend(
@@ -246,7 +232,7 @@ class Layer(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(c.width)
 
     def forward(
-        self, x_TD: torch.Tensor, memory: Memory, chunk: Any, cos: torch.Tensor, sin: torch.Tensor
+        self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         attended_TD = self.self_attn(self.input_layernorm(x_TD), memory, chunk, cos, sin)
@@ -264,8 +250,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.kinds = c.kinds
         self.ropes = {
-            "L": _Rope(c.head_dim, c.local_rope_base),
-            "G": _Rope(c.head_dim, c.rope_base, scale=c.rope_factor),
+            "L": Rope(c.head_dim, c.local_rope_base),
+            "G": Rope(c.head_dim, c.rope_base, scale=c.rope_factor),
         }
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))
@@ -273,10 +259,11 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=c.width**-0.5)
 
     def forward(
-        self, x_TD: torch.Tensor, positions: torch.Tensor, memories: Iterable[Memory], chunk: Any = None
+        self, x_TD: torch.Tensor, positions: torch.Tensor, memories: Iterable[Memory], chunk: Chunk | None = None
     ) -> torch.Tensor:
         """[T, D] at `positions` [T] of their rows, and a memory for each layer -> [T, D], after the final norm."""
-        angles = {kind: self.ropes[kind](positions) for kind in set(self.kinds)}
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        angles = {kind: [a.to(wide) for a in self.ropes[kind](positions)] for kind in set(self.kinds)}
         for layer, kind, memory in zip(self.layers, self.kinds, memories, strict=True):
             x_TD = layer(x_TD, memory, chunk, *angles[kind])
         return self.norm(x_TD)
@@ -343,13 +330,17 @@ class Gemma(nn.Module):
         first, stop = causal.bounds(tokens)
         if until is not None:
             stop = torch.maximum(stop, _stop(until, first, cu_seqlens))
+        positions = torch.arange(tokens, dtype=torch.int32, device=x_TD.device) - first
         memories = {"G": Rows(first, stop)}
         if self.config.window is not None:
-            memories["L"] = Rows((causal & masks.window(self.config.window)).bounds(tokens)[0], stop)
-        positions = torch.arange(tokens, dtype=torch.int32, device=x_TD.device) - first
+            start = (causal & masks.window(self.config.window)).bounds(tokens)[0]
+            if self.config.whole_prefix and until is not None:
+                start = torch.where(positions <= until[first], first, start)
+            memories["L"] = Rows(start, stop)
         return self.model(x_TD, positions, [memories[kind] for kind in self.config.kinds])
 
-    def extend(self, x_TD: torch.Tensor, chunk: Any, caches: Any) -> torch.Tensor:
+    @torch.no_grad()
+    def extend(self, x_TD: torch.Tensor, chunk: Chunk, caches: Caches) -> torch.Tensor:
         """Append a chunk of each row to its cache, and run it. No gradient.
 
         Args:
@@ -360,9 +351,42 @@ class Gemma(nn.Module):
         Returns:
             [T, D] after the final norm.
         """
+        if self.config.whole_prefix:
+            chunk = chunk._replace(whole=True)
         hidden_TD = self.model(x_TD, chunk.positions, caches.layers, chunk)
         caches.advance(chunk)
         return hidden_TD
+
+    def new_caches(self, batch: int, capacity: int, *, slack: int = 0, dtype: torch.dtype | None = None) -> Caches:
+        """Empty caches for `extend`: a slot for every position in global layers, rings in local ones.
+
+        Args:
+            batch: rows B.
+            capacity: the most tokens that a row will have.
+            slack: slots of a ring beyond the window, by which rows can be rolled back.
+            dtype: float32, bfloat16, float16 or int8 (with scales); None takes that of the parameters.
+
+        Raises:
+            TypeError, ValueError: no such sizes or dtype.
+
+        Example:
+            >>> model = vlkern.models.create("gemma3-tiny")
+            >>> caches = model.new_caches(batch=1, capacity=100)
+            >>> chunk = caches.chunk(torch.tensor([0, 3], dtype=torch.int32))
+            >>> hidden = model.extend(model.embed(torch.tensor([2, 17, 5])), chunk, caches)
+        """
+        c, like = self.config, self.model.norm.weight
+        dtype = like.dtype if dtype is None else dtype
+
+        def layer(window: int | None) -> LinearCache | RingCache:
+            if window is None or capacity <= window:  # nothing is ever overwritten
+                return LinearCache(
+                    batch, capacity, c.kv_heads, c.head_dim, window=window, dtype=dtype, device=like.device
+                )
+            spare = min(slack, capacity - window)
+            return RingCache(batch, window, c.kv_heads, c.head_dim, slack=spare, dtype=dtype, device=like.device)
+
+        return Caches([layer(c.window if kind == "L" else None) for kind in c.kinds])
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V] float32, with Gemma 2's bound. Take only the rows that you need: V is large."""

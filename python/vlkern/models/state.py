@@ -115,12 +115,19 @@ class NpzFile:
                     array = file[name]
             except _BAD_ARCHIVE as error:
                 raise UserError(f"{self.path}: cannot read {name} ({_first_line(error)})") from error
-            if _is_bfloat16(array.dtype):
-                tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-            else:
-                tensor = torch.from_numpy(array)
-            self._last = name, tensor
+            self._last = name, as_tensor(array)
         return self._last[1]
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array's memory as a tensor; two bytes without a type are bfloat16.
+
+    Raises:
+        TypeError: PyTorch has no such type.
+    """
+    if _is_bfloat16(array.dtype):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
