@@ -25,7 +25,7 @@ from vlkern.models.gemma3 import Gemma3
 from vlkern.models.multimodal import Multimodal
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_CACHES = {**_DTYPES, "int8": torch.int8}
+_CACHES = {"int8": torch.int8}
 
 
 def _real(value: str) -> float:
@@ -89,8 +89,8 @@ def _check(args: argparse.Namespace) -> Sampler:
     drawn = 0.0 if all(value is None for value in chosen) else 1.0
     try:
         return Sampler(
-            temperature=drawn if args.temperature is None else args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty, seed=args.seed,
+            temperature=drawn if args.temperature is None else args.temperature, top_k=args.top_k, top_p=args.top_p,
+            min_p=args.min_p, repetition_penalty=args.repetition_penalty, seed=args.seed,
         )  # fmt: skip
     except ValueError as error:
         name, _, rest = str(error).partition(" ")

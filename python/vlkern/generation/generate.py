@@ -140,7 +140,7 @@ def generate(
         capacity: tokens that a row may have in the caches; as many as needed by default.
         prefill_chunk: about how many tokens of the prompts run at once. Tokens that see each other, an image or a
             prefix, are never cut apart.
-        cache_dtype: of the caches; torch.int8 halves those of bfloat16. None is the model's.
+        cache_dtype: torch.int8 halves the caches of a bfloat16 model. None is the dtype of the model.
         times: is filled in.
 
     Returns:
@@ -164,6 +164,9 @@ def generate(
             raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function of row and text, got {type(callback).__name__}")
+    like = next(model.parameters())
+    if cache_dtype not in (None, torch.int8, like.dtype):
+        raise ValueError(f"cache_dtype must be torch.int8 or that of the model, {like.dtype}, got {cache_dtype}")
     stops = check_stops(stop)
     if stops and tokenizer is None:
         raise ValueError("stop needs a tokenizer, got none")
@@ -183,7 +186,7 @@ def generate(
     streams = [_stream(tokenizer, stops, callback, row) for row in range(len(rows))]
     uniforms = sampler.uniforms(len(rows), max_new_tokens)
     pixels = [prompt.pixels for prompt in given if prompt.pixels is not None]
-    device = next(model.parameters()).device
+    device = like.device
     times = Times() if times is None else times
     with torch.inference_mode():
         begin = time.perf_counter()
