@@ -55,7 +55,7 @@ _op = Op(
         " float offset) -> (Tensor, Tensor)",
     },
     reference=reference,
-    backends=(),
+    backends=("cpu",),
     bind=_bind,
     work=samples.work,
 )

@@ -8,11 +8,12 @@ from vlkern.kernels.norm_rope.reference import norm_rope
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [..., C] -> int8 [..., C] and scale [...] in float32 (float64 for float64) with x close to int8 * scale.
 
-    scale = max |x| / 127, so that the largest element is exact and the others are off by half a scale at most; a
-    row of zeros has scale 0.
+    scale = max |x| / 127, so that the largest element is exact and the others are off by half a scale at most. Where
+    max |x| is below 1e-30, and its scale might leave float32's range, all is zero.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     top = wide.abs().amax(-1)
+    top = top.masked_fill(top <= 1e-30, 0.0)
     steps = torch.where(top > 0, 127 / top, 0.0)
     return (wide * steps[..., None]).round().to(torch.int8), top / 127
 
