@@ -11,20 +11,24 @@ from vlkern.kernels.linear_cross_entropy import reference, samples
 
 REDUCTIONS = ("mean", "sum", "none")
 #: What the raw ops take for a token that does not count. Any target >= V is a class that another rank holds.
-_IGNORED = -1
+IGNORED = -1
 
 _TOKENS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
 _TERMS = "float? softcap, float scale, float hit, float spread, float z_loss, bool of_hidden, bool of_weight"
 
 
-def _check_targets(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+def check_range(target: torch.Tensor, classes: int | None, ignore_index: int) -> None:
+    """Targets are classes or ignore_index. None: not known yet, because other ranks hold some of them."""
     if not _checks.values_may_be_read(target):
         return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    bad = (target < 0) & (target != ignore_index)
+    if classes is not None:
+        bad |= (target >= classes) & (target != ignore_index)
     if bad.any():
         at = int(bad.nonzero()[0, 0])
+        classes_of = f"in [0, {classes})" if classes is not None else ">= 0"
         raise ValueError(
-            f"target must be in [0, {classes}) or ignore_index ({ignore_index}), got {int(target[at])} at position {at}"
+            f"target must be {classes_of} or ignore_index ({ignore_index}), got {int(target[at])} at position {at}"
         )
 
 
@@ -68,8 +72,7 @@ def _bind(
     """Checked arguments as the raw ops take them; label smoothing and z_loss after the tensors."""
     hidden, weight = _check_hidden(hidden, weight)
     _check_target(target, hidden, ignore_index)
-    if group is None:
-        _check_targets(target, weight.shape[0], ignore_index)
+    check_range(target, weight.shape[0] if group is None else None, ignore_index)
     if bias is not None:
         _checks.shape("bias", _checks.floating("bias", bias), (weight.shape[0],))
         _checks.on_device("bias", bias, "hidden", hidden)
@@ -82,7 +85,7 @@ def _bind(
     z_loss, logit_scale = _checks.number("z_loss", z_loss), _checks.number("logit_scale", logit_scale)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    target = target.masked_fill(target == ignore_index, _IGNORED)
+    target = target.masked_fill(target == ignore_index, IGNORED)
     return hidden, weight, bias, target, softcap, logit_scale, label_smoothing, z_loss
 
 
@@ -105,7 +108,7 @@ sums_of_tokens, gradients_given_lse = _op.raw["linear_cross_entropy"], _op.raw["
 _sweep = _op.raw["linear_cross_entropy_sweep"]
 
 
-def _losses(
+def losses_of(
     lse: torch.Tensor, own: torch.Tensor, total: torch.Tensor, hit: float, spread: float, z_loss: float
 ) -> torch.Tensor:
     """[T]: lse - hit z_y - spread sum_v z_v + z_loss lse^2; tokens that do not count have zeros everywhere."""
@@ -137,7 +140,7 @@ class _Reduced(torch.autograd.Function):
         )
         ctx.save_for_backward(*gradients)
         ctx.dtype = hidden.dtype
-        return (share * _losses(lse, own, total, hit, spread, z_loss)).sum()
+        return (share * losses_of(lse, own, total, hit, spread, z_loss)).sum()
 
     @staticmethod
     @once_differentiable
@@ -153,14 +156,14 @@ class _Reduced(torch.autograd.Function):
         )
 
 
-class _Tokens(torch.autograd.Function):
+class Tokens(torch.autograd.Function):
     """loss_t of every token. Its gradient needs that of each loss, so the backward computes the logits again.
 
     `across`, for a vocabulary in slices, combines the ranks' sums and adds up their gradients of hidden.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
     ) -> torch.Tensor:
         target, softcap, scale, hit, spread, z_loss, backend, across = rest
@@ -168,11 +171,11 @@ class _Tokens(torch.autograd.Function):
         lse, own, total = across.combine(*sums, target) if across else sums
         ctx.save_for_backward(hidden, weight, bias, target, lse)
         ctx.terms, ctx.backend, ctx.across = (softcap, scale, hit, spread, z_loss), backend, across
-        return _losses(lse, own, total, hit, spread, z_loss)
+        return losses_of(lse, own, total, hit, spread, z_loss)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: D102
         hidden, weight, bias, target, lse = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden, d_weight, d_bias = gradients_given_lse[ctx.backend](
@@ -247,49 +250,29 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, group=group,
     )  # fmt: skip
     backend, hit = _op.choose(hidden, weight), 1 - smoothing
-    counts = target >= 0
-    share = counts.to(torch.promote_types(hidden.dtype, torch.float32))
+    differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    share = (target >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
     if reduction == "mean":
         share = share / share.sum().clamp(min=1)
-    of_hidden, of_weight, of_bias = (t is not None and t.requires_grad for t in (hidden, weight, bias))
-    if (
-        group is not None
-        or reduction == "none"
-        or not (torch.is_grad_enabled() and (of_hidden or of_weight or of_bias))
-    ):
-        losses = _token_losses(hidden, weight, bias, target, softcap, scale, hit, smoothing, z_loss, backend, group)
-        return losses if reduction == "none" else (share * losses).sum()
-    result: torch.Tensor = _Reduced.apply(
-        hidden, weight, bias, target, share, softcap, scale, hit, smoothing / weight.shape[0], z_loss, of_hidden,
-        of_weight, backend,
-    )  # fmt: skip
-    return result
-
-
-def _token_losses(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    softcap: float | None,
-    scale: float,
-    hit: float,
-    smoothing: float,
-    z_loss: float,
-    backend: str,
-    group: Any,
-) -> torch.Tensor:
-    across, classes = None, weight.shape[0]
+    if differentiate and group is None and reduction != "none":
+        result: torch.Tensor = _Reduced.apply(
+            hidden, weight, bias, target, share, softcap, scale, hit, smoothing / weight.shape[0], z_loss,
+            hidden.requires_grad, weight.requires_grad, backend,
+        )  # fmt: skip
+        return result
     if group is not None:
         from vlkern.kernels.linear_cross_entropy import parallel
 
-        across, classes, target = parallel.slices(group, hidden, weight, target)
-    terms = hit, smoothing / classes, z_loss
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        losses: torch.Tensor = _Tokens.apply(hidden, weight, bias, target, softcap, scale, *terms, backend, across)
-        return losses
-    sums = sums_of_tokens[backend](hidden, weight, bias, target, softcap, scale)
-    return _losses(*(across.combine(*sums, target) if across else sums), *terms)
+        losses = parallel.token_losses(
+            hidden, weight, bias, target, softcap, scale, hit, smoothing, z_loss, backend, differentiate, group
+        )
+    elif differentiate:
+        spread = smoothing / weight.shape[0]
+        losses = Tokens.apply(hidden, weight, bias, target, softcap, scale, hit, spread, z_loss, backend, None)
+    else:
+        sums = sums_of_tokens[backend](hidden, weight, bias, target, softcap, scale)
+        losses = losses_of(*sums, hit, smoothing / weight.shape[0], z_loss)
+    return losses if reduction == "none" else (share * losses).sum()
 
 
 def linear_log_probs(

@@ -74,6 +74,7 @@ def magnitudes(
     *,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
@@ -83,7 +84,7 @@ def magnitudes(
 
     The terms cancel: a row of dL/dlogits is positive but for the target's entry, and sums to zero.
     """
-    x, w, counts = hidden.double(), weight.double(), target >= 0
+    x, w, counts = hidden.double(), weight.double(), target != ignore_index
     z = logit_scale * (x @ w.T if bias is None else x @ w.T + bias.double())
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

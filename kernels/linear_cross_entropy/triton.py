@@ -22,7 +22,6 @@ import triton.language as tl
 
 from vlkern._triton_math import add_product, tanh
 
-
 #: Of no logit: log2(e) times it is still finite.
 _LOWEST = tl.constexpr(-2e38)
 

@@ -5,9 +5,11 @@ import torch
 from vlkern.bench.case import Case, Inputs, backend_contestant, modes_of
 from vlkern.bench.rivals import Function
 from vlkern.kernels.interval_attention import reference as attention
+from vlkern.kernels.linear_cross_entropy import reference as cross_entropy
 from vlkern.kernels.sigmoid_loss import reference as sigmoid_loss
 
 _BLOCK = 1024
+_LOGITS = 1 << 26
 
 
 def _sigmoid_loss_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
@@ -58,12 +60,28 @@ def _attention_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
     return [out, dq, dk, dv]
 
 
+def _cross_entropy_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
+    """The mean over tokens and its gradients, so many tokens at a time that their logits fit."""
+    hidden, weight, target = (t.detach() for t in inputs.args)
+    loss, d_hidden, d_weight = hidden.new_zeros(()), torch.empty_like(hidden), torch.zeros_like(weight)
+    share = (target >= 0).to(hidden.dtype) / (target >= 0).sum()
+    for rows in torch.arange(len(hidden)).split(max(1, _LOGITS // len(weight))):
+        lse, own, _, d_hidden[rows], part, _ = cross_entropy.linear_cross_entropy_sweep(
+            hidden[rows], weight, None, target[rows], share[rows], None, 1.0, 1.0, 0.0, 0.0, True, True
+        )
+        loss += (share[rows] * (lse - own)).sum()
+        d_weight += part
+    return [loss, d_hidden, d_weight]
+
+
 def truth(case: Case, inputs: Inputs) -> list[torch.Tensor]:
     """Output and gradients by the reference in float64; for a huge sample in float32, in blocks."""
     if case.op == "sigmoid_loss" and not inputs.kwargs and inputs.args[0].shape[0] > _BLOCK:
         return _sigmoid_loss_in_blocks(inputs.to(torch.float32 if case.huge else torch.float64))
     if case.op == "interval_attention" and not inputs.kwargs and inputs.args[0].shape[0] > _BLOCK:
         return _attention_in_blocks(inputs.to(torch.float64))
+    if case.op == "linear_cross_entropy" and not inputs.kwargs and inputs.args[1].shape[0] > _BLOCK:
+        return _cross_entropy_in_blocks(inputs.to(torch.float32 if case.huge else torch.float64))
     return inputs.to(torch.float64).run(backend_contestant(case.op, "reference").make(), modes_of(case.op)[-1])
 
 

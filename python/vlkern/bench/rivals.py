@@ -71,6 +71,11 @@ def geglu_formula(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def cross_entropy_formula(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The lines found in most language models: every logit is materialised, in the end in float32."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+
 def sigmoid_loss_formula(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -106,6 +111,40 @@ def _liger_rms_norm() -> Function:
         return y
 
     return run
+
+
+def _torch_linear_cross_entropy() -> Function:
+    """PyTorch's own chunked loss."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Absent("F.linear_cross_entropy needs PyTorch 2.13")
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def _liger_cross_entropy() -> Function:
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise Absent("liger_kernel is not installed")
+    if not torch.cuda.is_available():
+        raise Absent("liger_kernel needs a GPU")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+
+    def run(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = loss(weight, hidden, target)
+        return result
+
+    return run
+
+
+def _cut_cross_entropy() -> Function:
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        raise Absent("cut_cross_entropy is not installed")
+    if not torch.cuda.is_available():
+        raise Absent("cut_cross_entropy needs a GPU")
+    from cut_cross_entropy import linear_cross_entropy
+
+    function: Function = linear_cross_entropy
+    return function
 
 
 def open_clip_version() -> str | None:
@@ -221,6 +260,18 @@ RACES: dict[str, Race] = {
         rivals=(
             Contestant("eager", partial(_plain, linear_formula)),
             Contestant("torch.compile", partial(_compiled, linear_formula), compiled=True),
+        ),
+    ),
+    "linear_cross_entropy": Race(
+        ceiling="matmul",
+        # Of the three matmuls the forward does one.
+        share={"forward": 1 / 3, "forward+backward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, cross_entropy_formula)),
+            Contestant("torch.compile", partial(_compiled, cross_entropy_formula), compiled=True),
+            Contestant("F.linear_cross_entropy", _torch_linear_cross_entropy),
+            Contestant("liger", _liger_cross_entropy),
+            Contestant("cut_cross_entropy", _cut_cross_entropy),
         ),
     ),
     "rms_norm": Race(
