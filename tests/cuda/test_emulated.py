@@ -19,7 +19,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 FLAGS = [
-    *["-std=c++20", "-O2", "-g", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic"],
+    *["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic"],
     *["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
     *["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
     *["-I", HERE / "emulator", "-I", ROOT / "csrc", "-isystem", TORCH / "include"],
@@ -31,8 +31,13 @@ LIBRARIES = [TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so", "-ldl"]
 def emulated(tmp_path_factory):
     """Compiles the rooms for the emulated GPU. Their `.cuda` overloads then take CPU tensors in this process."""
     folder = tmp_path_factory.mktemp("emulated")
-    for source in ROOT.glob("kernels/*/cuda.cu"):
-        library = folder / f"{source.parent.name}.so"
+    for path in ROOT.glob("kernels/*/cuda.cu"):
+        source, library = folder / f"{path.parent.name}.cu", folder / f"{path.parent.name}.so"
+        code = path.read_text()
+        if path.parent.name == "sigmoid_loss":
+            assert "kSide = 5760;" in code
+            code = code.replace("kSide = 5760;", "kSide = 2176;")  # several tiles are 18 million pairs less
+        source.write_text(code)
         room = f'-DVLKERN_SOURCE="{source}"'
         subprocess.run(["g++", *FLAGS, room, HERE / "emulator/emulator.cpp", *LIBRARIES, "-o", library], check=True)
         torch.ops.load_library(library)
@@ -90,15 +95,26 @@ def test_rms_norm_on_its_samples(emulated, sample, dtype):
         (50, 1152),  # two warps a row
         (9, 4096),  # the block holds two rows
         (5, 4104),  # the block holds one row
-        (3, 16384),  # longest row that the backward holds in registers, in two bytes
-        (3, 16392),  # one vector more
-        (2, 33000),  # longer than the forward holds
         (300, 1153),  # odd: no vectors, two slabs of rows
     ],
 )
 def test_rms_norm_at_every_block_shape(emulated, rows, n, dtype):
     g = torch.Generator().manual_seed(n)
     rms_norm_agrees(torch.randn(rows, n, generator=g).to(dtype), torch.randn(n, generator=g), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [
+        (torch.bfloat16, 16384),  # longest row that the backward holds in registers, in two bytes
+        (torch.float16, 16392),  # one vector more
+        (torch.float32, 16384),  # longest row that the forward holds, in four bytes
+        (torch.float32, 16388),  # one vector more
+    ],
+    ids=str,
+)
+def test_rms_norm_of_long_rows(emulated, dtype, n):
+    test_rms_norm_at_every_block_shape(emulated, 2, n, dtype)
 
 
 @DTYPES
@@ -174,10 +190,9 @@ def test_sigmoid_loss_blocks(emulated, m, n, options, dtype):
     sigmoid_agrees(sigmoid_arguments(m, n, 24, dtype, **options))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("m", "n"), [(5761, 3), (3, 5761), (2960, 5761)])
+@pytest.mark.parametrize(("m", "n"), [(2177, 3), (3, 2177), (1168, 2177)])
 def test_sigmoid_loss_over_several_tiles(emulated, m, n):
-    """5761 make two tiles, of 2944 and the rest. The diagonal crosses the border, masks and sums go on."""
+    """2177 make two tiles, of 1152 and the rest. The diagonal crosses the border, masks and sums go on."""
     args = sigmoid_arguments(m, n, 2, torch.float32, scale=3.0, bias=-1.0, valid=7)
     sigmoid_gradients_agree(args)
 
