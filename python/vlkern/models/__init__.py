@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vlkern.models import gemma, naflex, navit, siglip
+from vlkern.models import gemma, gemma3, naflex, navit, paligemma, siglip
 from vlkern.models.pretrained import load_pretrained, save_pretrained
 
 __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
@@ -17,6 +17,8 @@ _FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
     (naflex.PRESETS, naflex.Naflex),
     (navit.PRESETS, navit.Navit),
     (gemma.PRESETS, gemma.Gemma),
+    (paligemma.PRESETS, paligemma.PaliGemma),
+    (gemma3.PRESETS, gemma3.Gemma3),
 )
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -20,9 +20,38 @@ from torch import nn
 from vlkern._files import sync
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import gemma, gemma_files, naflex, navit, navit_files, siglip, state
+from vlkern.models import (
+    gemma,
+    gemma3,
+    gemma_files,
+    multimodal_files,
+    naflex,
+    navit,
+    navit_files,
+    paligemma,
+    siglip,
+    state,
+)
 
-Config = siglip.SiglipConfig | siglip.VisionConfig | naflex.NaflexConfig | naflex.NaflexVisionConfig | gemma.GemmaConfig
+Config = (
+    siglip.SiglipConfig
+    | siglip.VisionConfig
+    | naflex.NaflexConfig
+    | naflex.NaflexVisionConfig
+    | gemma.GemmaConfig
+    | paligemma.PaliGemmaConfig
+    | gemma3.Gemma3Config
+)
+#: What `save_pretrained` takes.
+Saved = (
+    siglip.Siglip
+    | naflex.Naflex
+    | navit.Navit
+    | navit.NavitClassifier
+    | gemma.Gemma
+    | paligemma.PaliGemma
+    | gemma3.Gemma3
+)
 #: configuration -> its model
 _MODELS: dict[type, Callable[[Any], nn.Module]] = {
     siglip.SiglipConfig: siglip.Siglip,
@@ -48,7 +77,7 @@ def load_pretrained(
         source: a Hugging Face directory (config.json with model.safetensors, or several files with their index), or one
             file: safetensors with the names of transformers, open_clip or timm, or .npz with those of the JAX code.
         image_size: (H, W), or one number for both: resize the model for such pictures (`siglip.resized`). NaFlex
-            models take pictures of any shape, and Gemma none, and so neither this nor `patch`.
+            models take pictures of any shape, Gemma none or those of its size, and so neither this nor `patch`.
         patch: side of a patch to resize to.
         dtype: of the parameters; None keeps the file's. Parameters that stay as they are in a safetensors file are
             mapped: they take no memory until they are used, and training does not change the file.
@@ -56,8 +85,8 @@ def load_pretrained(
             that is no square.
 
     Returns:
-        Siglip, Naflex, Navit, NavitClassifier or Gemma; VisionTower or NaflexVisionTower when the checkpoint holds an
-        image tower alone.
+        Siglip, Naflex, Navit, NavitClassifier, Gemma, PaliGemma or Gemma3; VisionTower or NaflexVisionTower when the
+        checkpoint holds an image tower alone.
 
     Raises:
         UserError: a ValueError: the checkpoint is missing, cut short, a pickle (which could run code), of another
@@ -88,7 +117,7 @@ def load_pretrained(
     if adapter is None:
         some = ", ".join(list(checkpoint.shapes)[:3]) or "none"
         raise UserError(
-            f"{path}: holds no Gemma, and no SigLIP with names of transformers, open_clip, timm or big_vision "
+            f"{path}: holds no Gemma, PaliGemma or SigLIP with names of transformers, open_clip, timm or big_vision "
             f"({some}, ...)"
         )
     if config is None and adapter is transformers and "model_type" in entries:
@@ -118,13 +147,14 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier | gemma.Gemma,
+    model: Saved,
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read, or for a
-    NaFlex model its `Siglip2Model`, for a Gemma its `Gemma*ForCausalLM`; a NaViT is read by `load_pretrained` alone.
+    NaFlex model its `Siglip2Model`, for a Gemma its `Gemma*ForCausalLM`, for one that sees `*ForConditionalGeneration`;
+    a NaViT is read by `load_pretrained` alone.
 
     Everything is written under other names first and renamed when it is whole: killed at any moment, the folder holds
     the old model, the new one, or none that can be read; never a mixture. Other files stay.
@@ -145,8 +175,9 @@ def save_pretrained(
     """
     from vlkern.interop.transformers import to_json
 
-    if not isinstance(model, siglip.Siglip | naflex.Naflex | navit.Navit | navit.NavitClassifier | gemma.Gemma):
-        raise TypeError(f"model must be a Siglip, Naflex, Navit, NavitClassifier or Gemma, got {type(model).__name__}")
+    if not isinstance(model, Saved):
+        names = ", ".join(kind.__name__ for kind in get_args(Saved))
+        raise TypeError(f"model must be one of {names}, got {type(model).__name__}")
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size must be a positive integer, got {max_shard_size!r}")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -157,6 +188,8 @@ def save_pretrained(
         config = to_json(model.config, model.logit_scale.dtype)
     elif isinstance(model, gemma.Gemma):
         config = gemma_files.to_json(model.config, model.model.norm.weight.dtype)
+    elif isinstance(model, paligemma.PaliGemma | gemma3.Gemma3):
+        config = multimodal_files.to_json(model.config, model.language.model.norm.weight.dtype)
     else:
         config = navit_files.to_json(model)
     folder = Path(folder)
@@ -221,9 +254,9 @@ def _json(content: Mapping[str, Any]) -> str:
 def _families() -> tuple[Any, ...]:
     """Modules that tell their checkpoints by config.json or the names of tensors, and load them."""
     # Here and not above: the adapters are made of this package's configurations.
-    from vlkern.interop import gemma_jax
+    from vlkern.interop import gemma_jax, paligemma_jax
 
-    return navit_files, gemma_files, gemma_jax
+    return navit_files, gemma_files, multimodal_files, gemma_jax, paligemma_jax
 
 
 def _build(c: Config) -> nn.Module:
