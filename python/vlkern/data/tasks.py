@@ -96,8 +96,7 @@ class Tasks:
         pair, lines = self.pairs.read(index, self.size)
         if pair is None:
             return Example(None, "", "", (), lines)
-        # A picture that cannot be read is replaced by a later one, whose class is then asked for.
-        category = self.category(index) if kind == "category" and not lines else None
+        category = self.category(self._read(index, lines)) if kind == "category" else None
         prefix = PREFIXES["caption" if category is None else kind]
         suffix = category or pair.captions[numbers[1] % len(pair.captions)]
         pixels = pair.pixels
@@ -121,20 +120,21 @@ class Tasks:
             if box is None:
                 continue
             top, left, bottom, right = box
-            rows, columns = (
-                [round(edge * height / GRID) for edge in (top, bottom)],
-                [round(edge * width / GRID) for edge in (left, right)],
-            )
+            rows = [round(edge * height / GRID) for edge in (top, bottom)]
+            columns = [round(edge * width / GRID) for edge in (left, right)]
             pair, bad = self.pairs.read(number, (rows[1] - rows[0], columns[1] - columns[0]))
             lines |= bad
-            if pair is None or bad:
-                continue
+            if pair is None:
+                return Example(None, "", "", (), lines)
             canvas[:, rows[0] : rows[1], columns[0] : columns[1]] = pair.pixels
             taken[top:bottom, left:right] = True
-            objects.append(Detection(_fractions(box), self.category(number) or _UNKNOWN))
+            objects.append(Detection(_fractions(box), self.category(self._read(number, bad)) or _UNKNOWN))
         objects.sort(key=lambda found: found.box)
-        pixels = canvas if objects else None
-        return Example(pixels, PREFIXES["detect"], to_text(objects), tuple(objects), lines)
+        return Example(canvas, PREFIXES["detect"], to_text(objects), tuple(objects), lines)
+
+    def _read(self, index: int, lines: dict[int, str]) -> int:
+        """The pair that stood in for number `index` when these could not be read: the next one."""
+        return (index + len(lines)) % len(self.pairs)
 
     def _place(self, number: int, numbers: Sequence[int], taken: torch.Tensor) -> tuple[int, int, int, int] | None:
         """Edges of a free place with the shape of picture `number`; None if there is none after some attempts."""
