@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vlkern
-from vlkern.bench import cli, machine, memory, naflex, oracle, rivals, runner, siglip, table, timing
+from vlkern.bench import cli, gemma, machine, memory, naflex, oracle, rivals, runner, siglip, table, timing
 from vlkern.bench.case import Case, modes_of, samples_of
 from vlkern.bench.rivals import Absent, Contestant
 
@@ -104,16 +104,8 @@ def test_speedup_is_the_best_rivals_time_over_ours(clock: timing.Clock) -> None:
 @pytest.mark.parametrize("op", list(rivals.RACES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_rival_computes_the_op(op: str, dtype: torch.dtype) -> None:
-    one = case(
-        op,
-        {
-            "rms_norm": "gemma3_270m_qk_norm",
-            "sigmoid_loss": "above_a_tile",
-            "linear": "above_a_tile",
-            "interval_attention": "above_a_tile",
-        }[op],
-        dtype,
-    )
+    names = [sample.name for sample in samples_of(op).SAMPLES]
+    one = case(op, "above_a_tile" if "above_a_tile" in names else names[-3], dtype)
     inputs = one.inputs()
     want = oracle.truth(one, inputs)
     checked = 0
@@ -163,7 +155,7 @@ def parsed(*argv: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["rmsnorm"], "op must be one of interval_attention, linear, rms_norm"),
+        (["rmsnorm"], f"op must be one of {', '.join(rivals.RACES)}"),
         (["rms_norm", "--samples", "nope"], "sample must be one of empty, one"),
         (["--dtypes", "int8"], "dtype must be one of fp32, bf16, fp16, got 'int8'"),
         (["--device", "tpu"], "device must be one of cpu, cuda, got 'tpu'"),
@@ -268,6 +260,22 @@ def test_ragged_pictures_race_with_equal_outputs(tmp_path: Path, monkeypatch: py
     status = {row["contestant"]: row["status"] for row in result["rows"]}
     assert len(status) == 3 and set(status.values()) == {"ok"}
     assert "| `naflex` | naflex-tiny image, 1324 x 192 (forward) | fp32 |" in table.summary([result])
+
+
+def test_decoding_races_with_equal_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts below and above the window of 32, full and rings that have wrapped; and a prompt."""
+    monkeypatch.setattr(machine, "ceilings", lambda *args, **kwargs: {**CEILINGS})
+    monkeypatch.setattr(machine, "read_rate", lambda *args: 1.0)
+    size = ["--preset", "gemma3-tiny", "--contexts", "9", "70", "--prompts", "40", "--repeats", "1", "--dtypes", "fp32"]
+    assert gemma.main([*size, "--out", str(tmp_path / "bench/results")]) == 0
+    decode, prefill = (
+        json.loads(next(tmp_path.glob(f"bench/results/*/gemma_{part}.json")).read_text())
+        for part in ("decode", "prefill")
+    )
+    assert [row["status"] for row in decode["rows"] + prefill["rows"]] == ["ok"] * 6
+    assert all(row["error"] < 1e-5 for row in decode["rows"] + prefill["rows"])
+    assert all(row["GBps"] > 0 for row in decode["rows"]) and "% read" in table.summary([decode])
+    assert "| `gemma_prefill` | gemma3-tiny prompt, 1 x 40 (forward) | fp32 |" in table.summary([prefill])
 
 
 def test_the_table_needs_its_markers(tmp_path: Path) -> None:
