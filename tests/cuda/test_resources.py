@@ -1,4 +1,4 @@
-"""No kernel spills registers or uses a stack that it did not use before, on any chip."""
+"""No kernel spills registers or uses a stack that it did not use before: tried on one chip, tabulated for all."""
 
 import shutil
 
@@ -6,6 +6,7 @@ import pytest
 from resources import TABLE, Row, committed, compile_all
 from rooms import ROOT
 
+CHIP = "90a"
 REFRESH = f"if that is meant: python tests/cuda/resources.py --update (writes {TABLE.relative_to(ROOT)})"
 
 
@@ -27,7 +28,7 @@ def complaints(fresh: list[Row], known: list[Row]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed: the CUDA kernels cannot be compiled")
 def test_no_kernel_spills_that_did_not_before():
-    found = complaints(compile_all(), committed())
+    found = complaints(compile_all((CHIP,)), [row for row in committed() if row.arch == f"sm_{CHIP}"])
     assert not found, "\n".join([*found, REFRESH])
 
 
