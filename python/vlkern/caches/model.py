@@ -114,7 +114,7 @@ class Caches:
         return chunk
 
     def _check_capacity(self, chunk: Chunk) -> None:
-        if self.capacity is None or not _checks.values_may_be_read(self.length):
+        if not _checks.values_may_be_read(self.length) or self.capacity is None:
             return
         for row, (old, new) in enumerate(zip(chunk.before.tolist(), chunk.length.tolist(), strict=True)):
             if new > self.capacity:
