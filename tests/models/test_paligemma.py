@@ -50,7 +50,7 @@ def models(request):
 
 def close(got, expected, tolerance=1e-5):
     assert got.shape == expected.shape
-    assert float((got - expected).abs().max()) <= tolerance * float(expected.abs().max())
+    assert float((got - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
 
 
 def test_packed_rows_and_gradients(models):
