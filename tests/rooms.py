@@ -1,5 +1,7 @@
 """Which rooms, samples, backends and dtypes the tests walk on this machine."""
 
+import functools
+import inspect
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -45,7 +47,23 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def public(op: Op) -> Any:
-    return getattr(vlkern.ops, op.public)
+    """The public function; of an op that writes into arguments, one that writes into copies and returns them, too."""
+    function = getattr(vlkern.ops, op.public)
+    schema = op.raw[next(iter(op.raw))]["reference"]._schema
+    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    if not written:
+        return function
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def pure(*args: Any, **kwargs: Any) -> Any:
+        copies = [a.clone() if n in written else a for n, a in zip(names, args, strict=False)]
+        named = {n: a.clone() if n in written else a for n, a in kwargs.items()}
+        out = function(*copies, **named)
+        given = (*zip(names, copies, strict=False), *named.items())
+        return out, *(a for n, a in given if n in written)
+
+    return pure
 
 
 def samples(op: Op) -> ModuleType:

@@ -43,7 +43,7 @@ def rope_append(
     offset: float,
 ) -> torch.Tensor:
     """q [T, H, C], k [T, K, C], v [T, K, Cv] -> q [T, H, C] normed and turned; k and v into slots of the caches."""
-    slots, tokens = k_cache.shape[1], torch.arange(len(q), device=q.device)
+    slots, tokens = k_cache.shape[1], torch.arange(q.shape[0], device=q.device)
     skip = positions < 0
     at = rows.long() * slots + torch.remainder(positions.long(), slots)
     # Skipped tokens point at a slot that another token may write, so that each token writes what the last of them has.

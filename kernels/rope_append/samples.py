@@ -31,11 +31,10 @@ class Sample:
 SAMPLES = [
     Sample("empty", ((), ()), 4),
     Sample("one", ((0,),), 1, h=1, c=2),
-    Sample("below_a_vector", ((3, 4), (), (7,)), 8, h=4, kh=2, c=30, cv=14),
-    Sample("above_a_vector", ((8,), (-1,), (70,)), 5, h=3, kh=3, c=34, norm=False),
-    Sample("ragged_ring", ((14, 15, 16, 17), (3,)), 6, kh=2, contiguous=False),
-    Sample("chunk", (tuple(range(40)), tuple(range(5, 30))), 40, h=2, kh=1, c=32),
-    Sample("gemma3_270m_int8", ((511,), (512,)), 512, h=4, kh=1, c=256, int8=True),
+    Sample("below_a_vector", ((3, 4), (), (7, 8)), 9, h=4, kh=2, c=30, cv=14),
+    Sample("above_a_vector", ((8, 9), (-1, -1), (70, 71)), 5, h=6, kh=3, c=34, cv=18),
+    Sample("chunk", (tuple(range(40)), tuple(range(5, 30))), 42, h=4, kh=2, c=64, cv=16),
+    Sample("fused_int8", ((14, 15, 16, 17), (3,)), 6, kh=2, norm=False, int8=True, contiguous=False),
     Sample("gemma3_270m_step", ((8191,),), 8192, h=4, kh=1, c=256, bench=True),
     Sample("gemma3_4b_step", ((8191,),) * 4, 8192, h=8, kh=4, c=256, bench=True),
     Sample("gemma3_4b_step_int8", ((8191,),) * 4, 8192, h=8, kh=4, c=256, int8=True, bench=True),
@@ -56,7 +55,7 @@ def inputs(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> tu
     q, k, v = q[..., : sample.c], k[..., : sample.c], v[..., :cv]
     positions = torch.tensor([p for row in sample.positions for p in row], dtype=torch.int32)
     rows = torch.repeat_interleave(torch.arange(b, dtype=torch.int32), torch.tensor([len(r) for r in sample.positions]))
-    cos, sin = angles(positions, sample.c)
+    cos, sin = angles(positions, sample.c, dtype)
     caches = [torch.randn(b, sample.slots, sample.kh, n, generator=g) for n in (sample.c, cv)]
     kwargs: dict[str, Any] = {}
     if sample.norm:

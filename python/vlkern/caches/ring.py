@@ -130,7 +130,7 @@ class RingCache(LayerCache):
         """Keys and values of the chunk into their slots; of a chunk longer than the ring its last S tokens stay."""
         behind = chunk.length[chunk.rows] - 1 - chunk.positions
         # Tokens that share a slot all write the last of them, so the order of the writes does not matter.
-        source = torch.arange(len(behind), device=behind.device) + behind // self.slots * self.slots
+        source = torch.arange(behind.shape[0], device=behind.device) + behind // self.slots * self.slots
         at = chunk.rows * self.slots + torch.remainder(chunk.positions, self.slots)
         if chunk.partial:
             source = source.masked_fill(chunk.positions < 0, 0)
