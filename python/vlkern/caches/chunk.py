@@ -51,8 +51,9 @@ class Chunk(NamedTuple):
     def bounds(self, window: int | None, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """start, stop [T] int32 for `ops.interval_attention`, where position p of row b is key first[b] + p."""
         low = torch.zeros_like(self.positions) if window is None else (self.positions - (window - 1)).clamp(min=0)
-        if self.whole and self.until is not None and len(self.until):
-            prefix = self.until[self.cu_seqlens[:-1].clamp(max=len(self.until) - 1)].masked_fill(self.before > 0, -1)
+        if self.whole and self.until is not None and self.until.shape[0]:
+            first_token = self.cu_seqlens[:-1].clamp(max=self.until.shape[0] - 1)
+            prefix = self.until[first_token].masked_fill(self.before > 0, -1)
             low = torch.where(self.positions <= prefix[self.rows], 0, low)
         high = self.positions if self.until is None else torch.maximum(self.positions, self.until)
         at = first[self.rows]
