@@ -4,12 +4,13 @@
 //   Z_j = X_c W_j^T  ->  sums of each row     all blocks: lse     G_j = dL/dZ_j  ->  dW_j += G_j^T X_c,  dX_c
 //   += G_j W_j
 //
-// bf16 and fp16 are widened block by block.
+// bf16 and fp16 are widened block by block. bf16 runs on AMX tiles where the chip has them (cpu_amx.h).
 #include "cpu.h"
 
 #include <memory>
 
 #include "arena.h"
+#include "cpu_amx.h"
 #include "sgemm.h"
 #include "vlkern.h"
 
@@ -332,15 +333,23 @@ Outputs run(Inputs& in, const Tensor* share_, const Terms& terms, const Tensor* 
   }
   dispatch(dtype, [&]<class T>() {
     using Gradient = typename Sweep<T>::Gradient;
-    Sweep<T> sweep(p, in.hidden.const_data_ptr<T>(), in.weight.const_data_ptr<T>(),
-                   in.target.const_data_ptr<int64_t>(), in.tokens);
-    if (share_)
-      sweep.differentiate(share.const_data_ptr<float>(),
-                          terms.of_hidden ? out.d_hidden.mutable_data_ptr<Gradient>() : nullptr,
-                          terms.of_weight ? out.d_weight.mutable_data_ptr<Gradient>() : nullptr,
-                          p.bias ? out.d_bias.mutable_data_ptr<float>() : nullptr);
-    sweep.run(out.lse.mutable_data_ptr<float>(), out.own.mutable_data_ptr<float>(),
-              out.total.mutable_data_ptr<float>(), known_ ? known.const_data_ptr<float>() : nullptr);
+    auto go = [&](auto&& sweep) {
+      if (share_)
+        sweep.differentiate(share.const_data_ptr<float>(),
+                            terms.of_hidden ? out.d_hidden.mutable_data_ptr<Gradient>() : nullptr,
+                            terms.of_weight ? out.d_weight.mutable_data_ptr<Gradient>() : nullptr,
+                            p.bias ? out.d_bias.mutable_data_ptr<float>() : nullptr);
+      sweep.run(out.lse.mutable_data_ptr<float>(), out.own.mutable_data_ptr<float>(),
+                out.total.mutable_data_ptr<float>(), known_ ? known.const_data_ptr<float>() : nullptr);
+    };
+    const T *hidden = in.hidden.const_data_ptr<T>(), *weight = in.weight.const_data_ptr<T>();
+    const int64_t* target = in.target.const_data_ptr<int64_t>();
+#if defined(VLKERN_AMX) && !defined(VLKERN_PORTABLE)
+    if constexpr (std::is_same_v<T, bf16>)
+      if (!p.bias && amx::available())
+        return go(linear_cross_entropy::TileSweep(p, hidden, weight, target, in.tokens));
+#endif
+    go(Sweep<T>(p, hidden, weight, target, in.tokens));
   });
   if (share_ && p.bias)
     scaled_row(out.d_bias.const_data_ptr<float>(), out.d_bias.mutable_data_ptr<float>(), p.classes, p.scale);

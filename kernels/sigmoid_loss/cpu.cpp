@@ -109,7 +109,9 @@ Outputs run(const Tensor& image_, const Tensor& text_, const Tensor& scale, cons
   bool on_tiles = dtype == ScalarType::BFloat16 && amx::available();
   if (on_tiles) {
     out.d_image = gradient(p.m, dtype), out.d_text = gradient(p.n, dtype);
-    sigmoid_loss::AmxSweep sweep(p, image.const_data_ptr<bf16>(), text.const_data_ptr<bf16>());
+    const sigmoid_loss::BlockLoss loss_of_block{p};
+    amx::Sweep sweep(loss_of_block, {image.const_data_ptr<bf16>(), p.m, p.d, p.d},
+                     {text.const_data_ptr<bf16>(), p.n, p.d, p.d}, {grad, grad, p.scale * p.weight});
     sums = sweep.run(out.d_image.mutable_data_ptr<bf16>(), out.d_text.mutable_data_ptr<bf16>());
   }
 #else
