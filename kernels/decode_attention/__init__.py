@@ -108,7 +108,7 @@ _op = Op(
         " int? window, float scale, float? softcap) -> Tensor",
     },
     reference=reference,
-    backends=(),
+    backends=("cpu",),
     bind=_bind,
     work=samples.work,
     differentiable=False,

@@ -5,11 +5,11 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <numeric>
 #include <vector>
 
+#include "share.h"
 #include "vlkern.h"
 
 namespace vlkern::attention {
@@ -78,18 +78,6 @@ inline std::vector<Family> families(std::vector<Segment> whole) {
     found.back().members.push_back(s);
   }
   return found;
-}
-
-// Runs work(task) for every task < count on all threads. A thread that is done takes the next one: tasks
-// differ in size, and no result depends on who computes it. `make` gives each thread its worker.
-template <class Make>
-void share(int64_t count, Make make) {
-  std::atomic<int64_t> next = 0;
-  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    auto work = make();
-    for (int64_t task; (task = next.fetch_add(1)) < count;) work(task);
-  });
 }
 
 }  // namespace vlkern::attention
