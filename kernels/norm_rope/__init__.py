@@ -55,7 +55,7 @@ _op = Op(
         " float offset) -> (Tensor, Tensor)",
     },
     reference=reference,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
 )

@@ -26,7 +26,7 @@ SAMPLES = [
     Sample("below_a_vector", 3, 2, 30),
     Sample("above_a_block", 65, 2, 34, norm=False),
     Sample("part_of_a_projection", 7, 3, 24, contiguous=False),
-    Sample("gemma3_270m", 40, 4, 256),
+    Sample("gemma3_270m", 17, 4, 256),
     Sample("gemma3_270m_2k", 2048, 4, 256, bench=True),
     Sample("gemma3_4b_2k", 2048, 8, 256, bench=True),
     Sample("gemma2_2b_2k", 2048, 8, 256, norm=False, bench=True),

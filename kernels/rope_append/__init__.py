@@ -98,7 +98,7 @@ _op = Op(
         " Tensor(d!)? v_scale, float eps, float offset) -> Tensor",
     },
     reference=reference,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
     differentiable=False,
