@@ -40,18 +40,14 @@ def _append(
     m = j < HALF
     if task < H:
         at = p_q + t * q_t + task * q_h + one
-        y1, y2, _ = turn(
-            at, p_cos + t * HALF + one, p_sin + t * HALF + one, p_qw, eps, offset, one == 0, HALF, BLOCK, Q_NORM
-        )
+        y1, y2, _ = turn(at, p_c, p_s, p_qw, eps, offset, one == 0, HALF, BLOCK, Q_NORM)
         to = p_out + (t * H + task) * 2 * HALF + j
         tl.store(to, tl.where(there, y1, 0.0).to(p_out.dtype.element_ty), m)
         tl.store(to + HALF, tl.where(there, y2, 0.0).to(p_out.dtype.element_ty), m)
     elif task < H + K:
         head = task - H
         at = p_k + t * k_t + head * k_h + one
-        y1, y2, _ = turn(
-            at, p_cos + t * HALF + one, p_sin + t * HALF + one, p_kw, eps, offset, one == 0, HALF, BLOCK, K_NORM
-        )
+        y1, y2, _ = turn(at, p_c, p_s, p_kw, eps, offset, one == 0, HALF, BLOCK, K_NORM)
         to = p_kc + (slot * K + head) * 2 * HALF + j
         if CODED:
             top = tl.maximum(tl.max(tl.max(tl.abs(y1), 1), 0), tl.max(tl.max(tl.abs(y2), 1), 0))
