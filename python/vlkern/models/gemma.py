@@ -121,7 +121,7 @@ _GEMMA3 = {"version": 3, "vocabulary": 262_144, "context": 32_768, "pattern": "L
 _GEMMA3_LARGE = _GEMMA3 | {"vocabulary": 262_208, "context": 131_072, "window": 1024, "rope_factor": 8.0}
 _TINY = _GEMMA3 | {"vocabulary": 2048, "context": 512, "window": 32}
 # name, what the generation has in common; width, depth, heads, kv_heads, head_dim, mlp, query_scalar
-_MODELS: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
+_MODELS: tuple[tuple[str, dict[str, Any], tuple[Any, ...]], ...] = (
     ("gemma3-tiny", _TINY, (128, 6, 4, 1, 32, 512, 32)),
     ("gemma-2b", _GEMMA1, (2048, 18, 8, 1, 256, 16_384, 256)),
     ("gemma-7b", _GEMMA1, (3072, 28, 16, 16, 256, 24_576, 256)),

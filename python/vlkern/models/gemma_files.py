@@ -23,21 +23,23 @@ _TABLE = "model.embed_tokens.weight"
 _CLASSES = {1: "GemmaForCausalLM", 2: "Gemma2ForCausalLM", 3: "Gemma3ForCausalLM"}
 _KINDS = {"sliding_attention": "L", "full_attention": "G"}
 _GELU = "gelu_pytorch_tanh"
-# What transformers takes for entries that config.json leaves out, in the order of GemmaConfig's fields.
-_SIZES: dict[str, tuple[Any, Any, Any]] = {
-    "hidden_size": (3072, 2304, 2304),
-    "num_hidden_layers": (28, 26, 26),
-    "num_attention_heads": (16, 8, 8),
-    "num_key_value_heads": (16, 4, 4),
-    "head_dim": (256, 256, 256),
-    "intermediate_size": (24_576, 9216, 9216),
+# Entry -> field of GemmaConfig, and what transformers takes in Gemma 1, 2 and 3 when it is left out.
+_SIZES: dict[str, tuple[str, tuple[int, int, int]]] = {
+    "hidden_size": ("width", (3072, 2304, 2304)),
+    "num_hidden_layers": ("depth", (28, 26, 26)),
+    "num_attention_heads": ("heads", (16, 8, 8)),
+    "num_key_value_heads": ("kv_heads", (16, 4, 4)),
+    "head_dim": ("head_dim", (256, 256, 256)),
+    "intermediate_size": ("mlp", (24_576, 9216, 9216)),
+    "vocab_size": ("vocabulary", (256_000, 256_000, 262_208)),
+    "max_position_embeddings": ("context", (8192, 8192, 131_072)),
 }
-_VOCABULARY = {"vocab_size": (256_000, 256_000, 262_208), "max_position_embeddings": (8192, 8192, 131_072)}
-_OPTIONS: dict[str, tuple[Any, Any]] = {  # not in Gemma 1
-    "query_pre_attn_scalar": (256, 256),
-    "sliding_window": (4096, 4096),
-    "attn_logit_softcapping": (50.0, None),
-    "final_logit_softcapping": (30.0, None),
+# The same for entries that only Gemma 2 and 3 have.
+_OPTIONS: dict[str, tuple[str, tuple[Any, Any]]] = {
+    "query_pre_attn_scalar": ("query_scalar", (256, 256)),
+    "sliding_window": ("window", (4096, 4096)),
+    "attn_logit_softcapping": ("attention_softcap", (50.0, None)),
+    "final_logit_softcapping": ("final_softcap", (30.0, None)),
 }
 # Entries that these models have one value for; false and null are the same.
 _FIXED = {
@@ -52,7 +54,7 @@ _FIXED = {
 def knows(names: Collection[str], entries: Mapping[str, Any]) -> bool:
     """Whether config.json says so, or, without one, the names of the tensors."""
     if "model_type" in entries:
-        return entries["model_type"] in MODEL_TYPES
+        return entries["model_type"] in list(MODEL_TYPES)
     return _TABLE in names
 
 
@@ -158,11 +160,11 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> Gemm
     Raises:
         UserError: another model, an entry that these models do not have or of a wrong type, or an impossible size.
     """
-    version = MODEL_TYPES.get(entries.get("model_type", ""))
-    if version is None:
-        expected = ", ".join(map(repr, MODEL_TYPES))
-        raise UserError(f"{where}: model_type must be one of {expected}, got {entries.get('model_type')!r}")
-    fixed = dict(_FIXED)
+    kind = entries.get("model_type")
+    if kind not in list(MODEL_TYPES):
+        raise UserError(f"{where}: model_type must be one of {', '.join(map(repr, MODEL_TYPES))}, got {kind!r}")
+    version = MODEL_TYPES[kind]
+    fixed: dict[str, Any] = dict(_FIXED)
     if version == 1:  # its first files say "gelu", and mean the tanh form
         if entries.get("hidden_act") != "gelu":
             fixed["hidden_act"] = _GELU
@@ -171,22 +173,14 @@ def from_json(entries: Mapping[str, Any], where: object = "config.json") -> Gemm
     for name, value in fixed.items():
         if (got := entries.get(name, value)) != value and (got or value):
             raise UserError(f"{where}: {name} must be {value!r}, got {got!r}")
-    sizes, words = (
-        [entries.get(name, defaults[version - 1]) for name, defaults in table.items()]
-        for table in (_SIZES, _VOCABULARY)
-    )
+    fields = {ours: entries.get(name, defaults[version - 1]) for name, (ours, defaults) in _SIZES.items()}
     try:
         if version == 1:
-            options: list[Any] = [sizes[4], None, None, None]
-            pattern = "G"
+            fields["query_scalar"] = fields["head_dim"]
         else:
-            options = [entries.get(name, defaults[version - 2]) for name, defaults in _OPTIONS.items()]
-            pattern = _pattern(entries, sizes[1], 2 if version == 2 else 6)
-        scalar, window, attention_softcap, final_softcap = options
-        base, factor, local = _rope(entries, version)
-        return GemmaConfig(
-            *sizes, scalar, version, *words, pattern, window, attention_softcap, final_softcap, base, factor, local
-        )
+            fields |= {ours: entries.get(name, defaults[version - 2]) for name, (ours, defaults) in _OPTIONS.items()}
+            fields["pattern"] = _pattern(entries, fields["depth"], 2 if version == 2 else 6)
+        return GemmaConfig(version=version, **fields, **_rope(entries, version))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -199,29 +193,30 @@ def _pattern(entries: Mapping[str, Any], depth: int, period: int) -> str:
         if type(period) is not int or period < 1:
             raise ValueError(f"sliding_window_pattern must be a positive integer, got {period!r}")
         return "L" * (period - 1) + "G"
-    if not isinstance(kinds, list) or len(kinds) != depth or not set(kinds) <= set(_KINDS):
+    if not isinstance(kinds, list) or len(kinds) != depth or not all(kind in list(_KINDS) for kind in kinds):
         raise ValueError(f"layer_types must be {depth} times one of {', '.join(_KINDS)}, got {kinds!r:.80}")
     letters = "".join(_KINDS[kind] for kind in kinds)
     return next(letters[:n] for n in range(1, depth + 1) if (letters[:n] * depth)[:depth] == letters)
 
 
-def _rope(entries: Mapping[str, Any], version: int) -> tuple[float, float, float]:
+def _rope(entries: Mapping[str, Any], version: int) -> dict[str, Any]:
     """Base and factor of global layers, and base of local ones."""
-    new = entries.get("rope_parameters")
-    if version < 3:
-        base, factor = _one_rope(new or {}, entries.get("rope_theta", 10_000.0), entries.get("rope_scaling"))
-        if factor != 1:
-            raise ValueError(f"factor of RoPE must be 1 in Gemma {version}, got {factor!r}")
-        return base, 1.0, base
-    new = new or {}
+    new = entries.get("rope_parameters") or {}
     if not isinstance(new, Mapping):
         raise ValueError(f"rope_parameters must be an object, got {new!r:.80}")
-    parts = [new.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
-    base, factor = _one_rope(parts[0], entries.get("rope_theta", 1_000_000.0), entries.get("rope_scaling"))
-    local, local_factor = _one_rope(parts[1], entries.get("rope_local_base_freq", 10_000.0), None)
+    everywhere, theta = version < 3, 10_000.0 if version < 3 else 1_000_000.0
+    global_ = new if everywhere else new.get("full_attention")
+    base, factor = _one_rope(global_, entries.get("rope_theta", theta), entries.get("rope_scaling"))
+    if everywhere:
+        local, local_factor = base, factor
+    else:
+        local, local_factor = _one_rope(
+            new.get("sliding_attention"), entries.get("rope_local_base_freq", 10_000.0), None
+        )
     if local_factor != 1:
-        raise ValueError(f"factor of RoPE must be 1 in sliding_attention, got {local_factor!r}")
-    return base, factor, local
+        where = f"Gemma {version}" if everywhere else "sliding_attention"
+        raise ValueError(f"factor of RoPE must be 1 in {where}, got {local_factor!r}")
+    return {"rope_base": base, "rope_factor": factor, "local_rope_base": local}
 
 
 def _one_rope(new: Any, old_base: Any, old_scaling: Any) -> tuple[Any, Any]:
@@ -245,21 +240,19 @@ def to_json(c: GemmaConfig, dtype: torch.dtype) -> dict[str, Any]:
         "architectures": [_CLASSES[c.version]],
         "dtype": str(dtype).removeprefix("torch."),
         "model_type": next(kind for kind, version in MODEL_TYPES.items() if version == c.version),
-        **dict(zip(_SIZES, (c.width, c.depth, c.heads, c.kv_heads, c.head_dim, c.mlp), strict=True)),
-        "vocab_size": c.vocabulary,
-        "max_position_embeddings": c.context,
+        **{name: getattr(c, ours) for name, (ours, _) in _SIZES.items()},
         "hidden_act" if c.version == 1 else "hidden_activation": _GELU,
         **_FIXED,
     }
     if c.version > 1:
-        scalar = int(c.query_scalar) if c.query_scalar == int(c.query_scalar) else c.query_scalar
-        options = (scalar, c.window, c.attention_softcap, c.final_softcap)
-        entries |= dict(zip(_OPTIONS, options, strict=True))
+        entries |= {name: getattr(c, ours) for name, (ours, _) in _OPTIONS.items()}
+        if c.query_scalar == int(c.query_scalar):
+            entries["query_pre_attn_scalar"] = int(c.query_scalar)  # transformers takes no other
         entries["layer_types"] = [names[letter] for letter in c.kinds]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_base}
+    local = rope | {"rope_theta": c.local_rope_base}
     if c.rope_factor != 1:
         rope |= {"rope_type": "linear", "factor": c.rope_factor}
-    local = {"rope_type": "default", "rope_theta": c.local_rope_base}
     entries["rope_parameters"] = rope if c.version < 3 else {"full_attention": rope, "sliding_attention": local}
     try:
         same_model = _meaning(from_json(entries)) == _meaning(c)
