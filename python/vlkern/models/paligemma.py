@@ -171,9 +171,9 @@ class PaliGemma(Multimodal):
             raise TypeError(f"prefix must be int32 or int64, got {prefix.dtype}")
         _checks.shape("prefix", prefix, tuple(lengths.shape))
         if _checks.values_may_be_read(prefix, cu_seqlens) and bool(((prefix < 0) | (prefix > lengths)).any()):
-            row = int(((prefix < 0) | (prefix > lengths)).int().argmax())
+            b = int(((prefix < 0) | (prefix > lengths)).int().argmax())
             raise ValueError(
-                f"prefix must be at most the row's length, {int(lengths[row])}, got prefix[{row}] = {int(prefix[row])}"
+                f"prefix must be at most the row's length, {int(lengths[b])}, got prefix[{b}] = {int(prefix[b])}"
             )
         row, position = row_of(cu_seqlens, tokens)
         return torch.maximum(position, prefix.int()[row] - 1)
