@@ -241,7 +241,10 @@ class Caches:
 
     def _rows(self, name: str, rows: Rows) -> torch.Tensor:
         """int64 [R] on the caches' device."""
-        which = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=self.length.device)
+        if not isinstance(rows, torch.Tensor):
+            some = [rows] if isinstance(rows, int) else list(rows)
+            rows = torch.tensor(some, dtype=None if some else torch.int64)
+        which = rows.to(self.length.device)
         if which.dim() != 1 or which.is_floating_point() or which.dtype == torch.bool:
             raise ValueError(f"{name} must be row numbers, got {which.dtype} of shape {list(which.shape)}")
         if which.numel() and _checks.values_may_be_read(which):
