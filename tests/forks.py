@@ -11,6 +11,7 @@ _PRELOAD = [
     "torch.utils.tensorboard",
     "vlkern.train.cli",
     "vlkern.train.navit",
+    "vlkern.train.paligemma",
     "vlkern.train.siglip",
 ]
 

@@ -15,7 +15,8 @@ import safetensors.torch
 import shards
 import torch
 
-from vlkern.models import navit
+from vlkern.models import navit, paligemma
+from vlkern.models.gemma import GemmaConfig
 from vlkern.models.siglip import SiglipConfig, TextConfig, VisionConfig
 
 #: The preset "test".
@@ -25,6 +26,15 @@ NAVIT = navit.NavitConfig(
     navit.VisionConfig(width=24, depth=2, heads=3, mlp=48, patch=4, grid=8),
     navit.TextConfig(width=16, depth=1, heads=2, mlp=32, vocabulary=300, length=8),
 )
+#: The preset "paligemma-test", 4 tokens an image, with a window smaller than a row.
+PALIGEMMA = paligemma.PaliGemmaConfig(
+    VisionConfig(24, 2, 3, 48, (16, 16), 8),
+    GemmaConfig(
+        width=32, depth=2, heads=2, kv_heads=1, head_dim=16, mlp=48, query_scalar=16, version=2, vocabulary=64,
+        context=128, pattern="LG", window=8, final_softcap=30.0, whole_prefix=True,
+    ),
+    60, 60,
+)  # fmt: skip
 #: Where a rank can be made to kill itself: calls that make files durable or visible.
 _EVENTS = ("fsync", "rename", "replace", "rmdir")
 
@@ -53,6 +63,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
 
     PRESETS["test"] = CONFIG
     navit.PRESETS["navit-test"] = NAVIT
+    paligemma.PRESETS["paligemma-test"] = PALIGEMMA
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -26,6 +26,8 @@ from vlkern.models.multimodal import Multimodal
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CACHES = {"int8": torch.int8}
+#: The most tokens of an answer unless --max-new-tokens says how many.
+LONGEST = 128
 
 
 def _real(value: str) -> float:
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-tokens", type=whole, metavar="N", help="with --random-weights, instead: a prompt of N tokens"
     )
     answer = parser.add_argument_group("answer")
-    answer.add_argument("--max-new-tokens", type=whole, default=128, metavar="N", help="at most (128)")
+    answer.add_argument("--max-new-tokens", type=whole, metavar="N", help="at most (128)")
     answer.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     answer.add_argument("--draw", type=Path, metavar="FILE", help="write the picture with the answer's boxes (.png)")
     answer.add_argument("--masks", type=Path, metavar="FILE", help="for --draw: the VQ-VAE of <seg> tokens")
@@ -175,13 +177,15 @@ def run(args: argparse.Namespace) -> int:
     times = Times()
     try:
         prompt = _prompt(args, model, vocabulary, images)
-        if len(prompt.ids) + args.max_new_tokens > config.context:
+        left = config.context - len(prompt.ids)
+        tokens = args.max_new_tokens or min(LONGEST, left)
+        if tokens > left or left < 1:
             raise UserError(
-                f"--max-new-tokens {args.max_new_tokens}: with the {len(prompt.ids)} of the prompt more tokens than "
-                f"{config.context}, for which the model was trained"
+                f"--prompt: has {len(prompt.ids)} tokens; with {max(tokens, 1)} more (--max-new-tokens) these are more "
+                f"than {config.context}, for which the model was trained"
             )
         [completion] = generate(
-            model, [prompt], tokenizer=vocabulary, max_new_tokens=args.max_new_tokens, sampler=sampler, stop=args.stop,
+            model, [prompt], tokenizer=vocabulary, max_new_tokens=tokens, sampler=sampler, stop=args.stop,
             callback=_stream, cache_dtype=_CACHES[args.cache_dtype] if args.cache_dtype else None, times=times,
         )  # fmt: skip
     except ValueError as error:
