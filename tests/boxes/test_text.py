@@ -1,5 +1,7 @@
 """Boxes in generated text: tokens of the papers' code, and texts that models should not write but do."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rooms import ROOT
 
-from vlkern.boxes import Detection, bins, parse, to_text, unbin
+from vlkern.boxes import Detection, bins, masks, parse, text, to_text, unbin
 
 GOLDEN = np.load(ROOT / "tests/golden/box_loc_table.npz")
 BOX = "<loc0132><loc0168><loc0659><loc0986>"
@@ -114,3 +116,10 @@ def test_bad_boxes(box):
 def test_bad_codes(codes):
     with pytest.raises(ValueError, match="codes must be"):
         Detection((0.0, 0.0, 1.0, 1.0), "", codes)
+
+
+@pytest.mark.parametrize("module", [text, masks])
+def test_examples(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 2
+    assert not found.failed

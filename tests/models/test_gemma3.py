@@ -1,5 +1,6 @@
 """Gemma 3 that sees against transformers: image blocks, windows smaller than these, caches; and bad input."""
 
+import doctest
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from goldens import Golden, assert_close
 from multimodal_peers import GEMMA3, pair
 from test_paligemma import close, packed
 
+import vlkern.models
+from vlkern.models import gemma3
 from vlkern.models.gemma3 import Gemma3, Projector
 
 #: Where the pictures of each row begin, and how many tokens it has; blocks at both ends of a row, and side by side.
@@ -164,3 +167,9 @@ def test_bad_input():
         model.embed(ids[0], torch.cat([pixels, pixels]))
     with pytest.raises(ValueError, match="each of the 1 images, got 8 in all"):
         model.embed(ids[0][2:], pixels)
+
+
+def test_examples():
+    found = doctest.testmod(gemma3, extraglobs={"torch": torch, "vlkern": vlkern})
+    assert found.attempted > 5
+    assert not found.failed

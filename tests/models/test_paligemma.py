@@ -1,12 +1,14 @@
 """PaliGemma 1 and 2 against transformers: whole rows, gradients, caches, rows of any lengths; and bad input."""
 
+import doctest
 from dataclasses import replace
 
 import pytest
 import torch
 from multimodal_peers import GEMMA3, PALIGEMMA, VISION, pair
 
-from vlkern.models import create
+import vlkern.models
+from vlkern.models import create, paligemma
 from vlkern.models.gemma import GemmaConfig
 from vlkern.models.paligemma import PRESETS, PaliGemma, PaliGemmaConfig
 
@@ -221,3 +223,9 @@ def test_for_vocabulary():
     assert isinstance(small, PaliGemmaConfig)
     assert isinstance(small.language, GemmaConfig)
     assert GEMMA3.image_tokens == 9
+
+
+def test_examples():
+    found = doctest.testmod(paligemma, extraglobs={"torch": torch, "vlkern": vlkern})
+    assert found.attempted > 5
+    assert not found.failed

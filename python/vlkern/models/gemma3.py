@@ -110,7 +110,7 @@ class Gemma3(Multimodal):
         >>> cu_seqlens = torch.tensor([0, 22], dtype=torch.int32)
         >>> until = model.until(ids, cu_seqlens)
         >>> until.tolist()[:5], until.tolist()[-5:]
-        ([0, 1, 2, 18, 18], [17, 18, 19, 20, 21])
+        ([0, 1, 2, 18, 18], [18, 18, 19, 20, 21])
         >>> model.hidden(model.embed(ids, torch.zeros(1, 3, 64, 64)), cu_seqlens, until=until).shape
         torch.Size([22, 128])
     """
