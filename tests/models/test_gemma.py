@@ -66,6 +66,19 @@ def test_forward_and_gradients(config):
     assert abs(direction(whole[0], exact_whole)[1]) < 0.02
 
 
+def test_autocast():
+    """A float32 model computes in bfloat16 no worse than a bfloat16 model, and every parameter gets its gradient."""
+    ours, _ = pair(CONFIGS["gemma3"])
+    texts = rows(ours.config)
+    with torch.no_grad():
+        exact, low = _ours(ours, texts), _ours(copy.deepcopy(ours).bfloat16(), texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, gradients = _run(ours, _ours, texts)
+    assert logits.dtype == torch.float32
+    assert 1e-5 < (logits - exact).norm() / (low - exact).norm() <= 1.5
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in gradients.values())
+
+
 @torch.no_grad()
 def _cached(model, texts, chunks, dtype=None):
     """Logits of every token: the prompts in chunks of these sizes, the rest token by token, rows side by side.

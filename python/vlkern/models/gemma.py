@@ -189,7 +189,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: GemmaConfig) -> None:
         super().__init__()
-        self.head_dim = c.head_dim
+        self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
         self.scale, self.softcap = c.query_scalar**-0.5, c.attention_softcap
         self.q_proj = dense_(Linear(c.width, c.heads * c.head_dim, bias=False), lecun=True)
         self.k_proj = dense_(Linear(c.width, c.kv_heads * c.head_dim, bias=False), lecun=True)
@@ -202,10 +202,11 @@ class Attention(nn.Module):
         self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
+        tokens = x_TD.shape[0]
         out_THC = memory.attend(
-            self.q_proj(x_TD).unflatten(1, (-1, self.head_dim)),
-            self.k_proj(x_TD).unflatten(1, (-1, self.head_dim)),
-            self.v_proj(x_TD).unflatten(1, (-1, self.head_dim)),
+            self.q_proj(x_TD).view(tokens, self.heads, self.head_dim),
+            self.k_proj(x_TD).view(tokens, self.kv_heads, self.head_dim),
+            self.v_proj(x_TD).view(tokens, self.kv_heads, self.head_dim),
             chunk,
             cos,
             sin,
@@ -303,8 +304,7 @@ class Gemma(nn.Module):
             if low < 0 or high >= len(weight):
                 raise ValueError(f"ids must be from 0 to {len(weight) - 1}, got {low if low < 0 else high}")
         # The models were trained with a factor of their activations' dtype: 25.25 for 25.298 in bfloat16.
-        factor = torch.tensor(math.sqrt(self.config.width), dtype=weight.dtype, device="cpu")
-        return F.embedding(ids, weight) * factor
+        return F.embedding(ids, weight) * _rounded(math.sqrt(self.config.width), weight.dtype)
 
     def hidden(
         self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, *, until: torch.Tensor | None = None
@@ -324,7 +324,7 @@ class Gemma(nn.Module):
             TypeError, ValueError: tensors of other shapes or dtypes, rows that do not fill the tokens, `until` behind
                 the end of a row.
         """
-        tokens = len(x_TD)
+        tokens = x_TD.shape[0]
         check_cu_seqlens(cu_seqlens, tokens, empty=True)
         causal = masks.documents(cu_seqlens) & masks.causal()
         first, stop = causal.bounds(tokens)
@@ -405,6 +405,12 @@ class Gemma(nn.Module):
         batch, length = ids.shape
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * length
         return self.logits(self.hidden(self.embed(ids.flatten()), cu_seqlens)).unflatten(0, (batch, length))
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """The nearest number of this dtype, half to even; without a tensor, which compiled graphs would have to hold."""
+    step = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(number))
+    return round(number / step) * step
 
 
 def _stop(until: torch.Tensor, first: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
