@@ -14,7 +14,7 @@ REDUCTIONS = ("mean", "sum", "none")
 IGNORED = -1
 
 _TOKENS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
-_TERMS = "float? softcap, float scale, float hit, float spread, float z_loss, bool of_hidden, bool of_weight"
+_TERMS = "float? softcap, float scale, float smoothing, int? classes, float z_loss, bool of_hidden, bool of_weight"
 
 
 def check_range(target: torch.Tensor, classes: int | None, ignore_index: int) -> None:
@@ -109,12 +109,12 @@ _sweep = _op.raw["linear_cross_entropy_sweep"]
 
 
 def losses_of(
-    lse: torch.Tensor, own: torch.Tensor, total: torch.Tensor, hit: float, spread: float, z_loss: float
+    lse: torch.Tensor, own: torch.Tensor, total: torch.Tensor, smoothing: float, classes: int, z_loss: float
 ) -> torch.Tensor:
-    """[T]: lse - hit z_y - spread sum_v z_v + z_loss lse^2; tokens that do not count have zeros everywhere."""
-    losses = lse - hit * own
-    if spread:
-        losses = losses - spread * total
+    """[T]: lse - (1 - s) z_y - s / V sum_v z_v + z_loss lse^2; tokens that do not count have zeros everywhere."""
+    losses = lse - (1 - smoothing) * own
+    if smoothing:
+        losses = losses - smoothing * total / classes
     return losses + z_loss * lse.square() if z_loss else losses
 
 
@@ -134,13 +134,13 @@ class _Reduced(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
     ) -> torch.Tensor:
-        target, share, softcap, scale, hit, spread, z_loss, of_hidden, of_weight, backend = rest
+        target, share, softcap, scale, smoothing, z_loss, of_hidden, of_weight, backend = rest
         lse, own, total, *gradients = _sweep[backend](
-            hidden, weight, bias, target, share, softcap, scale, hit, spread, z_loss, of_hidden, of_weight
+            hidden, weight, bias, target, share, softcap, scale, smoothing, None, z_loss, of_hidden, of_weight
         )
         ctx.save_for_backward(*gradients)
         ctx.dtype = hidden.dtype
-        return (share * losses_of(lse, own, total, hit, spread, z_loss)).sum()
+        return (share * losses_of(lse, own, total, smoothing, weight.shape[0], z_loss)).sum()
 
     @staticmethod
     @once_differentiable
@@ -152,7 +152,7 @@ class _Reduced(torch.autograd.Function):
             _times(d_hidden, grad, ctx.dtype, last_use) if needs_hidden else None,
             _times(d_weight, grad, ctx.dtype, last_use) if needs_weight else None,
             d_bias * grad if needs_bias else None,
-            *[None] * 10,
+            *[None] * 9,
         )
 
 
@@ -166,12 +166,16 @@ class Tokens(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
     ) -> torch.Tensor:
-        target, softcap, scale, hit, spread, z_loss, backend, across = rest
+        target, softcap, scale, smoothing, z_loss, backend, across = rest
         sums = sums_of_tokens[backend](hidden, weight, bias, target, softcap, scale)
         lse, own, total = across.combine(*sums, target) if across else sums
         ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.terms, ctx.backend, ctx.across = (softcap, scale, hit, spread, z_loss), backend, across
-        return losses_of(lse, own, total, hit, spread, z_loss)
+        ctx.terms, ctx.backend, ctx.across = (
+            (softcap, scale, smoothing, across and across.classes, z_loss),
+            backend,
+            across,
+        )
+        return losses_of(lse, own, total, smoothing, across.classes if across else weight.shape[0], z_loss)
 
     @staticmethod
     @once_differentiable
@@ -187,7 +191,7 @@ class Tokens(torch.autograd.Function):
             d_hidden.to(hidden.dtype) if needs_hidden else None,
             d_weight.to(weight.dtype) if needs_weight else None,
             d_bias if needs_bias else None,
-            *[None] * 8,
+            *[None] * 7,
         )
 
 
@@ -249,29 +253,28 @@ def linear_cross_entropy(
         hidden, weight, target, **options,
         label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, group=group,
     )  # fmt: skip
-    backend, hit = _op.choose(hidden, weight), 1 - smoothing
+    backend = _op.choose(hidden, weight)
     differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     share = (target >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
     if reduction == "mean":
         share = share / share.sum().clamp(min=1)
     if differentiate and group is None and reduction != "none":
         result: torch.Tensor = _Reduced.apply(
-            hidden, weight, bias, target, share, softcap, scale, hit, smoothing / weight.shape[0], z_loss,
-            hidden.requires_grad, weight.requires_grad, backend,
+            hidden, weight, bias, target, share, softcap, scale, smoothing, z_loss, hidden.requires_grad,
+            weight.requires_grad, backend,
         )  # fmt: skip
         return result
     if group is not None:
         from vlkern.kernels.linear_cross_entropy import parallel
 
         losses = parallel.token_losses(
-            hidden, weight, bias, target, softcap, scale, hit, smoothing, z_loss, backend, differentiate, group
+            hidden, weight, bias, target, softcap, scale, smoothing, z_loss, backend, differentiate, group
         )
     elif differentiate:
-        spread = smoothing / weight.shape[0]
-        losses = Tokens.apply(hidden, weight, bias, target, softcap, scale, hit, spread, z_loss, backend, None)
+        losses = Tokens.apply(hidden, weight, bias, target, softcap, scale, smoothing, z_loss, backend, None)
     else:
         sums = sums_of_tokens[backend](hidden, weight, bias, target, softcap, scale)
-        losses = losses_of(*sums, hit, smoothing / weight.shape[0], z_loss)
+        losses = losses_of(*sums, smoothing, weight.shape[0], z_loss)
     return losses if reduction == "none" else (share * losses).sum()
 
 

@@ -301,13 +301,16 @@ struct Outputs {
 };
 
 struct Terms {
-  double hit, spread, z_loss;
+  double smoothing;
+  std::optional<int64_t> classes;  // by which smoothing is divided; without it, V
+  double z_loss;
   bool of_hidden, of_weight;
 };
 
 Outputs run(Inputs& in, const Tensor* share_, const Terms& terms, const Tensor* known_) {
   Problem& p = in.problem;
-  p.hit = float(terms.hit), p.spread = float(terms.spread), p.z_loss = float(terms.z_loss);
+  p.hit = float(1 - terms.smoothing), p.z_loss = float(terms.z_loss);
+  p.spread = float(terms.smoothing / double(terms.classes.value_or(p.classes)));
   ScalarType dtype = in.hidden.scalar_type(),
              gradient = dtype == ScalarType::Half ? ScalarType::Float : dtype;
   const int64_t rows = known_ ? 0 : in.tokens;
@@ -360,28 +363,27 @@ std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& hidden, const Tensor& weig
                                         const std::optional<Tensor>& bias, const Tensor& target,
                                         std::optional<double> softcap, double scale) {
   Inputs in = check(hidden, weight, bias, target, softcap, scale);
-  Outputs o = run(in, nullptr, {1, 0, 0, false, false}, nullptr);
+  Outputs o = run(in, nullptr, {0, {}, 0, false, false}, nullptr);
   return {o.lse, o.own, o.total};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& hidden, const Tensor& weight,
                                              const std::optional<Tensor>& bias, const Tensor& target,
                                              const Tensor& share, const Tensor& lse,
-                                             std::optional<double> softcap, double scale, double hit,
-                                             double spread, double z_loss, bool of_hidden, bool of_weight) {
+                                             std::optional<double> softcap, double scale, double smoothing,
+                                             std::optional<int64_t> classes, double z_loss, bool of_hidden,
+                                             bool of_weight) {
   Inputs in = check(hidden, weight, bias, target, softcap, scale);
-  Outputs o = run(in, &share, {hit, spread, z_loss, of_hidden, of_weight}, &lse);
+  Outputs o = run(in, &share, {smoothing, classes, z_loss, of_hidden, of_weight}, &lse);
   return {o.d_hidden, o.d_weight, o.d_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sweep(const Tensor& hidden, const Tensor& weight,
-                                                                 const std::optional<Tensor>& bias,
-                                                                 const Tensor& target, const Tensor& share,
-                                                                 std::optional<double> softcap, double scale,
-                                                                 double hit, double spread, double z_loss,
-                                                                 bool of_hidden, bool of_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sweep(
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
+    const Tensor& share, std::optional<double> softcap, double scale, double smoothing,
+    std::optional<int64_t> classes, double z_loss, bool of_hidden, bool of_weight) {
   Inputs in = check(hidden, weight, bias, target, softcap, scale);
-  Outputs o = run(in, &share, {hit, spread, z_loss, of_hidden, of_weight}, nullptr);
+  Outputs o = run(in, &share, {smoothing, classes, z_loss, of_hidden, of_weight}, nullptr);
   return {o.lse, o.own, o.total, o.d_hidden, o.d_weight, o.d_bias};
 }
 

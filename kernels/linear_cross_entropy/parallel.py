@@ -26,6 +26,7 @@ class Slices:
             raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
         if not dist.is_initialized():
             raise ValueError("group must belong to an initialised torch.distributed, got one that was destroyed")
+        self.classes = 0  # of all ranks, once they are known
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, row: torch.Tensor) -> list[list[int]]:
@@ -58,7 +59,6 @@ def token_losses(
     target: torch.Tensor,
     softcap: float | None,
     scale: float,
-    hit: float,
     smoothing: float,
     z_loss: float,
     backend: str,
@@ -85,14 +85,15 @@ def token_losses(
             )
             raise ValueError(f"hidden must be alike on every rank of group, got {one} on rank 0, {two} on rank {rank}")
     counts = [other[4] for other in rows]
-    first, classes = sum(counts[: across.rank]), sum(counts)
-    check_range(target, classes, IGNORED)
+    across.classes, first = sum(counts), sum(counts[: across.rank])
+    check_range(target, across.classes, IGNORED)
     local = target - first
     elsewhere = (target >= 0) & ((local < 0) | (local >= weight.shape[0]))
     local = local.masked_fill(elsewhere, weight.shape[0]).masked_fill(target < 0, IGNORED)
-    terms = hit, smoothing / classes, z_loss
     if differentiate:
-        losses: torch.Tensor = Tokens.apply(hidden, weight, bias, local, softcap, scale, *terms, backend, across)
+        losses: torch.Tensor = Tokens.apply(
+            hidden, weight, bias, local, softcap, scale, smoothing, z_loss, backend, across
+        )
         return losses
     sums = sums_of_tokens[backend](hidden, weight, bias, local, softcap, scale)
-    return losses_of(*across.combine(*sums, local), *terms)
+    return losses_of(*across.combine(*sums, local), smoothing, across.classes, z_loss)

@@ -20,7 +20,7 @@ def _logits(
     z = scale * z
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    own = torch.arange(len(w), device=target.device) == target[:, None]
+    own = torch.arange(w.shape[0], device=target.device) == target[:, None]
     return x, w, z, own, counts
 
 
@@ -51,19 +51,23 @@ def linear_cross_entropy_grad(
     lse: _Float,
     softcap: float | None,
     scale: float,
-    hit: float,
-    spread: float,
+    smoothing: float,
+    classes: int | None,
     z_loss: float,
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[_Float, _Float, _Float]:
-    """Gradients of sum_t share_t (lse_t - hit z_ty - spread sum_v z_tv + z_loss lse_t^2), given share and lse [T].
+    """Gradients of sum_t share_t loss_t, given share and lse [T]; by `classes` (None: V) smoothing is divided.
+
+    loss_t = lse_t - (1 - smoothing) z_ty - smoothing / classes sum_v z_tv + z_loss lse_t^2.
 
     d_hidden [T, D] and d_weight [V, D] in the input's dtype, but float32 for float16, whose range they may leave; no
     rows where not asked for. d_bias [V] float32, without rows if there is no bias.
     """
     x, w, z, own, counts = _logits(hidden, weight, bias, target, softcap, scale)
-    g = torch.exp(z - lse[:, None]) * (1 + 2 * z_loss * lse[:, None]) - hit * own - spread
+    g = torch.exp(z - lse[:, None]) * (1 + 2 * z_loss * lse[:, None]) - (1 - smoothing) * own
+    if smoothing:
+        g = g - g.new_full((), smoothing) / (weight.shape[0] if classes is None else classes)
     g = (share[:, None] * g).masked_fill(~counts, 0)
     if softcap is not None:
         g = g * (1 - (z / softcap).square())
@@ -82,13 +86,13 @@ def linear_cross_entropy_sweep(
     share: _Float,
     softcap: float | None,
     scale: float,
-    hit: float,
-    spread: float,
+    smoothing: float,
+    classes: int | None,
     z_loss: float,
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[_Float, _Float, _Float, _Float, _Float, _Float]:
     """The results of the two others, logits computed once: three matmuls where they take four."""
     sums = linear_cross_entropy(hidden, weight, bias, target, softcap, scale)
-    rest = softcap, scale, hit, spread, z_loss, of_hidden, of_weight
+    rest = softcap, scale, smoothing, classes, z_loss, of_hidden, of_weight
     return *sums, *linear_cross_entropy_grad(hidden, weight, bias, target, share, sums[0], *rest)

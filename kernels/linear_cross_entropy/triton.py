@@ -217,6 +217,11 @@ def linear_cross_entropy(
     return chunks.lse, chunks.own, chunks.total
 
 
+def _terms(weight: torch.Tensor, smoothing: float, classes: int | None, z_loss: float) -> tuple[float, float, float]:
+    """hit, spread and z_loss: what is taken from the target's slope, from all slopes, and the factor of 2 lse p."""
+    return 1 - smoothing, smoothing / (classes or weight.shape[0]), z_loss
+
+
 def linear_cross_entropy_grad(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -226,15 +231,15 @@ def linear_cross_entropy_grad(
     lse: torch.Tensor,
     softcap: float | None,
     scale: float,
-    hit: float,
-    spread: float,
+    smoothing: float,
+    classes: int | None,
     z_loss: float,
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See reference.py."""
     chunks = _Chunks(hidden, weight, bias, target, softcap, scale)
-    gradients = _Gradients(chunks, share, lse, (hit, spread, z_loss), (of_hidden, of_weight))
+    gradients = _Gradients(chunks, share, lse, _terms(weight, smoothing, classes, z_loss), (of_hidden, of_weight))
     for rows in chunks.slices:
         gradients.add(chunks.multiply(rows), rows, lse)
     return gradients.results()
@@ -248,8 +253,8 @@ def linear_cross_entropy_sweep(
     share: torch.Tensor,
     softcap: float | None,
     scale: float,
-    hit: float,
-    spread: float,
+    smoothing: float,
+    classes: int | None,
     z_loss: float,
     of_hidden: bool,
     of_weight: bool,
@@ -257,10 +262,10 @@ def linear_cross_entropy_sweep(
     """See reference.py."""
     if hidden.dtype == torch.float16 and z_loss:  # slopes have no bound until all lse are known
         sums = linear_cross_entropy(hidden, weight, bias, target, softcap, scale)
-        rest = softcap, scale, hit, spread, z_loss, of_hidden, of_weight
+        rest = softcap, scale, smoothing, classes, z_loss, of_hidden, of_weight
         return *sums, *linear_cross_entropy_grad(hidden, weight, bias, target, share, sums[0], *rest)
     chunks = _Chunks(hidden, weight, bias, target, softcap, scale)
-    gradients = _Gradients(chunks, share, None, (hit, spread, z_loss), (of_hidden, of_weight))
+    gradients = _Gradients(chunks, share, None, _terms(weight, smoothing, classes, z_loss), (of_hidden, of_weight))
     for rows in chunks.slices:
         z = chunks.multiply(rows)
         chunks.sums(z, rows)

@@ -67,7 +67,7 @@ def _cross_entropy_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
     share = (target >= 0).to(hidden.dtype) / (target >= 0).sum()
     for rows in torch.arange(len(hidden)).split(max(1, _LOGITS // len(weight))):
         lse, own, _, d_hidden[rows], part, _ = cross_entropy.linear_cross_entropy_sweep(
-            hidden[rows], weight, None, target[rows], share[rows], None, 1.0, 1.0, 0.0, 0.0, True, True
+            hidden[rows], weight, None, target[rows], share[rows], None, 1.0, 0.0, None, 0.0, True, True
         )
         loss += (share[rows] * (lse - own)).sum()
         d_weight += part
