@@ -37,7 +37,7 @@ class Layer:
             t[row, first:] = torch.randn(t[row, first:].shape, generator=self.g).to(self.dtype)
 
     def extend(self, caches: Caches, counts=None, chunk=None, layer=0):
-        """The next tokens of each row through one of the caches."""
+        """The next tokens of each row through all caches; `out` gets what comes from the one called `layer`."""
         if chunk is None:
             cu_seqlens, until = packed(counts), None
             if (self.until != torch.arange(self.until.shape[1])).any():
@@ -45,10 +45,9 @@ class Layer:
                 until = self.until[chunk.rows.long(), chunk.positions.long()].int()
             chunk = caches.chunk(cu_seqlens, until)
         at = chunk.rows.long(), chunk.positions.long()
-        out = caches.layers[layer].attend(
-            self.q[at], self.k[at], self.v[at], chunk, *ROPE(chunk.positions), q_weight=self.q_weight,
-            k_weight=self.k_weight, softcap=self.softcap,
-        )  # fmt: skip
+        tokens, angles = (self.q[at], self.k[at], self.v[at]), ROPE(chunk.positions)
+        options = {"q_weight": self.q_weight, "k_weight": self.k_weight, "softcap": self.softcap}
+        out = [cache.attend(*tokens, chunk, *angles, **options) for cache in caches.layers][layer]
         there = chunk.positions >= 0
         self.out[at[0][there], at[1][there]] = out[there]
         caches.advance(chunk)
