@@ -154,6 +154,23 @@ def test_until():
         model.until(ids, cu, torch.tensor([0, 0, 0, 0]))
 
 
+def test_compiled_and_without_data():
+    """Placeholders are filled and blocks found in one graph, and on the meta device: nothing looks at values."""
+    c = replace(GEMMA3, vision=replace(GEMMA3.vision, depth=1))
+    model = Gemma3(c)
+    ids, pixels = prompt([((3,), 20)])
+    cu = torch.tensor([0, 20], dtype=torch.int32)
+    call = torch.compile(
+        lambda ids, pixels: (model.embed(ids, pixels), model.until(ids, cu)), backend="eager", fullgraph=True
+    )
+    with torch.no_grad():
+        x, until = call(ids[0], pixels)
+        assert torch.equal(x, model.embed(ids[0], pixels))
+        assert torch.equal(until, model.until(ids[0], cu))
+    with torch.device("meta"):
+        assert Gemma3(c)(ids[0][None].to("meta"), pixels.to("meta")).shape == (1, 20, 64)
+
+
 @pytest.mark.parametrize("tokens", [0, 8, 16, -9, 9.0])
 def test_bad_configurations(tokens):
     with pytest.raises(ValueError, match="image_tokens must be a square number whose root divides"):
