@@ -91,7 +91,8 @@ class RingCache(LayerCache):
     ) -> torch.Tensor:
         """Written last: the chunk would overwrite what its first tokens see. Keys are [old | chunk], row by row."""
         q = ops.norm_rope(q_THC, cos, sin, q_weight, eps=eps, offset=offset)
-        k = ops.norm_rope(k_TKC, cos, sin, k_weight, eps=eps, offset=offset)
+        k = k_TKC.to(cos.dtype) if self.dtype == torch.int8 else k_TKC  # no rounding before that to int8
+        k = ops.norm_rope(k, cos, sin, k_weight, eps=eps, offset=offset)
         new = [as_stored(x, self.dtype) for x in (k, v_TKC)]
         # A query sees the chunk as it is stored: what comes out does not depend on how the tokens are cut into chunks.
         k, v = (as_read(x, s, q.dtype) for x, s in new)
