@@ -8,6 +8,8 @@ import torch
 from multimodal_peers import GEMMA3, PALIGEMMA, VISION, pair
 
 import vlkern.models
+from vlkern.data import Prompt
+from vlkern.generation import generate
 from vlkern.models import create, paligemma
 from vlkern.models.gemma import GemmaConfig
 from vlkern.models.paligemma import PRESETS, PaliGemma, PaliGemmaConfig
@@ -131,6 +133,22 @@ def test_an_answer_chunk_beside_a_question(models):
     )
     got = ours.logits(ours.extend(ours.embed(both, pixels[1:]), caches.chunk(cu, until), caches))
     close(got, torch.cat([expected[0][13:], expected[1]]))
+
+
+def test_greedy_answers(models):
+    """Generation in one batch against theirs one by one; ids that only pad the table are not drawn."""
+    ours, theirs = models
+    ids, pixels, _ = prompt([(14, 0, 1), (24, 0, 2)], seed=1)
+    prompts = [Prompt(tuple(row.tolist()), p, len(row)) for row, p in zip(ids, pixels.split([1, 2]), strict=True)]
+    answers = generate(ours, prompts, max_new_tokens=12)
+    for one, answer in zip(prompts, answers, strict=True):
+        row = torch.tensor([one.ids])
+        expected = theirs.generate(
+            input_ids=row, pixel_values=one.pixels, token_type_ids=torch.zeros_like(row), max_new_tokens=12,
+            attention_mask=torch.ones_like(row), do_sample=False, suppress_tokens=[60, 61, 62, 63], eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert list(answer.tokens) == expected[0, len(one.ids) :].tolist()
 
 
 @torch.no_grad()
