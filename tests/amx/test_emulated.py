@@ -12,7 +12,7 @@ import torch
 from rooms import ROOT
 
 from vlkern._op import REGISTRY
-from vlkern.kernels import interval_attention, sigmoid_loss
+from vlkern.kernels import interval_attention, linear_cross_entropy, sigmoid_loss
 from vlkern.testing import assert_as_good, assert_same_direction, in_float64, poison
 
 HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
@@ -224,3 +224,40 @@ def test_sigmoid_loss_on_its_samples(sigmoid, sample):
         assert_as_good(*results, magnitude=magnitude)
         assert_same_direction(*results)
     assert torch.equal(ours[0], run(sigmoid, "sigmoid_loss", "tiles", *args)[0])
+
+
+@pytest.fixture(scope="module")
+def cross_entropy(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("amx"), "linear_cross_entropy")
+
+
+SAMPLES = [
+    *(s for s in linear_cross_entropy.samples.SAMPLES if not s.bench and s.t),
+    linear_cross_entropy.samples.Sample("several_chunks_of_classes", 70, 2100, 40, {"softcap": 5.0}, ignored=True),
+]
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
+def test_cross_entropy_on_its_samples(cross_entropy, sample):
+    """Sums, gradients from them, and both at once; also for hidden or weight alone."""
+    given, kwargs = linear_cross_entropy.samples.inputs(sample, BF16, "cpu")
+    kwargs.pop("bias", None)
+    hidden, weight, _, target, cap, scale, smoothing, z_loss = cross_entropy.op.bind(*given, **kwargs)
+    share = torch.rand(sample.t, generator=torch.Generator().manual_seed(1))
+    args, terms = (hidden, weight, None, target), (cap, scale, smoothing, None, z_loss)
+    both = (*args, share, *terms, True, True)
+
+    ours = run(cross_entropy, "linear_cross_entropy_sweep", "tiles", *both)
+    low, exact = (run(cross_entropy, "linear_cross_entropy_sweep", "reference", *a) for a in (both, in_float64(both)))
+    sizes = linear_cross_entropy.samples.magnitudes(share, *given, **{**kwargs, "reduction": "sum"})
+    for *results, magnitude in zip(ours, low, exact, (None, None, None, *sizes, None), strict=True):
+        assert_as_good(*results, magnitude=magnitude)
+    for i in (3, 4):
+        assert_same_direction(ours[i], low[i], exact[i])
+
+    sums = run(cross_entropy, "linear_cross_entropy", "tiles", *args, cap, scale)
+    assert all(map(torch.equal, sums, ours))
+    name, given_lse = "linear_cross_entropy_grad", (*args, share, sums[0], *terms)
+    assert all(map(torch.equal, run(cross_entropy, name, "tiles", *given_lse, True, True), ours[3:]))
+    assert torch.equal(run(cross_entropy, name, "tiles", *given_lse, True, False)[0], ours[3])
+    assert torch.equal(run(cross_entropy, name, "tiles", *given_lse, False, True)[1], ours[4])
