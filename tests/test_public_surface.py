@@ -19,6 +19,8 @@ NAMES = {
         "interval_attention",
         "interval_attention_lse",
         "linear",
+        "linear_cross_entropy",
+        "linear_log_probs",
         "norm_rope",
         "rms_norm",
         "rope_append",
