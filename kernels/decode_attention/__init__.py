@@ -108,7 +108,7 @@ _op = Op(
         " int? window, float scale, float? softcap) -> Tensor",
     },
     reference=reference,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
     differentiable=False,
