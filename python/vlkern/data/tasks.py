@@ -27,6 +27,8 @@ _MOST = 3
 #: Attempts to find a place for a further picture.
 _TRIES = 10
 _UNKNOWN = "picture"
+#: Where a record has the shape of its picture; without it a picture counts as square.
+_SHAPE = ("height", "width")
 
 
 class Example(NamedTuple):
@@ -139,8 +141,8 @@ class Tasks:
     def _place(self, number: int, numbers: Sequence[int], taken: torch.Tensor) -> tuple[int, int, int, int] | None:
         """Edges of a free place with the shape of picture `number`; None if there is none after some attempts."""
         record = self.pairs.record(number)
-        shape = [record.get(name) for name in ("height", "width")]
-        aspect = shape[0] / shape[1] if all(isinstance(side, int) and side > 0 for side in shape) else 1.0
+        sides = [side for side in map(record.get, _SHAPE) if isinstance(side, int) and side > 0]
+        aspect = sides[0] / sides[1] if len(sides) == len(_SHAPE) else 1.0
         for attempt in range(_TRIES):
             size, y, x = numbers[3 * attempt : 3 * attempt + 3]
             side = _SIDES[size % len(_SIDES)]

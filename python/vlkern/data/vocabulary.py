@@ -26,18 +26,23 @@ _BLANK = "▁"
 
 
 class Vocabulary(Protocol):
-    """Text to tokens and back.
+    """Text to tokens and back."""
 
-    size    all ids are below it
-    start   the token before a text; None if there is none
-    end     the token after a text
-    blank   whether `encode` puts a blank before a text, which is not part of it
-    """
+    @property
+    def size(self) -> int:
+        """All ids are below it."""
 
-    size: int
-    start: int | None
-    end: int
-    blank: bool
+    @property
+    def start(self) -> int | None:
+        """The token before a text; None if there is none."""
+
+    @property
+    def end(self) -> int:
+        """The token after a text."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether `encode` puts a blank before a text, which is not part of it."""
 
     def encode(self, text: str) -> list[int]:
         """Its tokens, without start and end."""

@@ -3,9 +3,10 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from vlkern import data, models
 from vlkern._malloc import recycle_memory
@@ -107,7 +108,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         model = PaliGemma(config)
         # The released models start with a projector of zeros between two trained parts. From scratch that would put
         # RMS norms on vectors of zeros, whose gradients are a thousand times larger than all others.
-        dense_(model.projector.linear, lecun=True)
+        dense_(cast("nn.Linear", model.projector.linear), lecun=True)
     elif vocabulary.size > config.sampled_vocabulary:
         raise UserError(
             f"--tokenizer: it has {vocabulary.size} ids, the model {config.sampled_vocabulary}: take the one that "
