@@ -16,6 +16,7 @@ NAMES = {
     "vlkern": ["__version__", "backend", "explain", "ops", "validate"],
     "vlkern.ops": [
         "decode_attention",
+        "geglu",
         "interval_attention",
         "interval_attention_lse",
         "linear",
