@@ -27,7 +27,7 @@ def _stored(name: str, value: Any, q: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def _scales(name: str, value: Any, of_name: str, of: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def _scales(name: str, value: Any, of_name: str, of: torch.Tensor, q: torch.Tensor) -> torch.Tensor | None:
     if value is None:
         if of.dtype == torch.int8:
             raise ValueError(f"{name} must be given when {of_name} is int8")
@@ -35,8 +35,8 @@ def _scales(name: str, value: Any, of_name: str, of: torch.Tensor, dtype: torch.
     t = _checks.tensor(name, value)
     if of.dtype != torch.int8:
         raise ValueError(f"{name} must be None when {of_name} is {of.dtype}: only int8 has scales")
-    if t.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
+    if t.dtype != torch.float32 and not t.dtype == q.dtype == torch.float64:
+        raise TypeError(f"{name} must be float32, got {t.dtype}")
     _checks.shape(name, t, tuple(of.shape[:3]))
     _checks.on_device(name, t, of_name, of)
     return t
@@ -88,8 +88,7 @@ def _bind(
         raise TypeError(f"length must be int32, got {length.dtype}")
     _checks.shape("length", length, (batch,))
     _checks.on_device("length", length, "q", q)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k_scale, v_scale = _scales("k_scale", k_scale, "k", k, wide), _scales("v_scale", v_scale, "v", v, wide)
+    k_scale, v_scale = _scales("k_scale", k_scale, "k", k, q), _scales("v_scale", v_scale, "v", v, q)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
         raise TypeError(f"window must be an int or None, got {type(window).__name__}")
     if window is not None and window < 1:

@@ -143,22 +143,23 @@ def _add_up(p_parts, p_lse, p_out, rows, splits, E: tl.constexpr, PARTS: tl.cons
     e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     m_e = e < E
     i = tl.arange(0, PARTS)
-    out = tl.zeros([COLUMNS], tl.float32)
-    top = tl.max(tl.full([PARTS], float("-inf"), tl.float32), 0)
-    total = top * 0.0 if False else tl.sum(tl.zeros([PARTS], tl.float32), 0)
+    highest = tl.full([PARTS], float("-inf"), tl.float32)
     for start in range(0, splits, PARTS):
         part = (b * splits + start + i) * rows + row
-        lse = tl.load(p_lse + part, start + i < splits, other=float("-inf"))
-        higher = tl.maximum(top, tl.max(lse, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = tl.exp2(lse - shift)
+        highest = tl.maximum(highest, tl.load(p_lse + part, start + i < splits, other=float("-inf")))
+    top = tl.max(highest, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    out = tl.zeros([COLUMNS], tl.float32)
+    total = tl.zeros([PARTS], tl.float32)
+    for start in range(0, splits, PARTS):
+        part = (b * splits + start + i) * rows + row
+        weight = tl.exp2(tl.load(p_lse + part, start + i < splits, other=float("-inf")) - shift)
         mask = (weight > 0.0)[:, None] & m_e[None, :]
         x = tl.load(p_parts + part[:, None] * E + e[None, :], mask, other=0.0)
-        fade = tl.exp2(top - shift)
-        out = out * fade + tl.sum(x * weight[:, None], 0)
-        total = total * fade + tl.sum(weight, 0)
-        top = higher
-    out = out / tl.where(total > 0.0, total, 1.0)
+        out += tl.sum(x * weight[:, None], 0)
+        total += weight
+    whole = tl.sum(total, 0)
+    out = out / tl.where(whole > 0.0, whole, 1.0)
     tl.store(p_out + at * E + e, out.to(p_out.dtype.element_ty), m_e)
 
 

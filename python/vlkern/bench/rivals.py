@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vlkern.bench import decoding
+
 Function = Callable[..., torch.Tensor]
 
 
@@ -234,7 +236,22 @@ def _flex_attention() -> Function:
     return run
 
 
+def _flex_decoding() -> Function:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return decoding.flex(_compiled(flex_attention))
+
+
 RACES: dict[str, Race] = {
+    "decode_attention": Race(
+        ceiling="read",
+        share={"forward": 1.0},
+        rivals=(
+            Contestant("SDPA", partial(_plain, decoding.sdpa)),
+            Contestant("matmuls", partial(_plain, decoding.matmuls)),
+            Contestant("FlexAttention", _flex_decoding, compiled=True),
+        ),
+    ),
     "geglu": Race(
         ceiling="copy",
         # forward: read two, write one. backward: read three, write two.
