@@ -214,7 +214,9 @@ def test_no_checkpoint_at_all(tmp_path):
     (tmp_path / "notes.txt").write_text("a long text that is no checkpoint")
     assert "expected a safetensors or .npz file, it begins with b'a long te'" in _refusal(tmp_path / "notes.txt")
     save_file({"conv.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
-    assert "PaliGemma or SigLIP with names of transformers, open_clip, timm or big_vision (conv.weight" in _refusal(tmp_path)
+    assert "PaliGemma or SigLIP with names of transformers, open_clip, timm or big_vision (conv.weight" in _refusal(
+        tmp_path
+    )
     save_file({}, tmp_path / "empty.safetensors")
     assert "found empty.safetensors, resnet.safetensors" in _refusal(tmp_path)
     assert "(none, ...)" in _refusal(tmp_path / "empty.safetensors")
