@@ -24,12 +24,14 @@ inline Tensor unit_channels(const Tensor& x) {
 // offset + w in float32, or nothing.
 inline std::vector<float> shifted(const std::optional<Tensor>& weight, int64_t channels, double offset) {
   if (!weight) return {};
-  VLKERN_CHECK(
-      weight->scalar_type() == ScalarType::Float && weight->dim() == 1 && weight->size(0) == channels,
-      "a weight must be float32 of shape [", channels, "]");
+  VLKERN_CHECK(weight->dim() == 1 && weight->size(0) == channels, "a weight must have shape [", channels,
+               "]");
   Tensor dense = torch::stable::contiguous(*weight);
   std::vector<float> out(channels);
-  for (int64_t j = 0; j < channels; ++j) out[j] = float(offset) + dense.const_data_ptr<float>()[j];
+  dispatch(dense.scalar_type(), [&]<class T>() {
+    const T* w = dense.const_data_ptr<T>();
+    for (int64_t j = 0; j < channels; ++j) out[j] = float(offset) + to_float(w[j]);
+  });
   return out;
 }
 

@@ -22,13 +22,13 @@ def check_angles(name: str, value: Any, x_name: str, x: torch.Tensor) -> torch.T
 
 
 def check_weight(name: str, value: Any, x_name: str, x: torch.Tensor) -> torch.Tensor | None:
-    """`value` as the raw ops take it, float32 or wider; it must be None or [C] for x [T, H, C]."""
+    """`value`, which must be None or the weight [C] of a norm of x [T, H, C]."""
     if value is None:
         return None
     t = _checks.floating(name, value)
     _checks.shape(name, t, (x.shape[2],))
     _checks.on_device(name, t, x_name, x)
-    return t.to(torch.promote_types(x.dtype, torch.float32))
+    return t.to(torch.promote_types(x.dtype, torch.float32)) if t.dtype == torch.float64 else t
 
 
 def check_heads(name: str, value: Any) -> torch.Tensor:
@@ -43,6 +43,7 @@ def _bind(x: Any, cos: Any, sin: Any, weight: Any = None, *, eps: float = 1e-6, 
     x = check_heads("x", x)
     cos, sin = check_angles("cos", cos, "x", x), check_angles("sin", sin, "x", x)
     weight = check_weight("weight", weight, "x", x)
+    weight = None if weight is None else weight.to(cos.dtype)
     return x, cos, sin, weight, _checks.number("eps", eps, positive=True), _checks.number("offset", offset)
 
 

@@ -47,8 +47,8 @@ def turn(p_x, p_cos, p_sin, p_w, eps, offset, m, HALF: tl.constexpr, BLOCK: tl.c
     b = tl.load(p_x + HALF + j[None, :], m, other=0.0).to(tl.float32)
     r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
     if NORM:
-        a = a * r[:, None] * (tl.load(p_w + j, m_j, other=0.0) + offset)[None, :]
-        b = b * r[:, None] * (tl.load(p_w + HALF + j, m_j, other=0.0) + offset)[None, :]
+        a = a * r[:, None] * (tl.load(p_w + j, m_j, other=0.0).to(tl.float32) + offset)[None, :]
+        b = b * r[:, None] * (tl.load(p_w + HALF + j, m_j, other=0.0).to(tl.float32) + offset)[None, :]
     cos = tl.load(p_cos + j[None, :], m, other=0.0)
     sin = tl.load(p_sin + j[None, :], m, other=0.0)
     return a * cos - b * sin, b * cos + a * sin, r

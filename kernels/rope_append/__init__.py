@@ -81,10 +81,10 @@ def _bind(
     k_scale = _scales("k_scale", k_scale, "k_cache", k_cache, scale_dtype)
     v_scale = _scales("v_scale", v_scale, "v_cache", v_cache, scale_dtype)
     q_weight, k_weight = check_weight("q_weight", q_weight, "q", q), check_weight("k_weight", k_weight, "k", k)
-    if rows.numel() and _checks.values_may_be_read(rows):
-        low, high = (int(t) for t in rows.aminmax())
-        if low < 0 or high >= k_cache.shape[0]:
-            raise ValueError(f"rows must be within 0 to {k_cache.shape[0] - 1}, got {low} to {high}")
+    if rows.shape[0] and _checks.values_may_be_read(rows):
+        found = rows.tolist()
+        if min(found) < 0 or max(found) >= k_cache.shape[0]:
+            raise ValueError(f"rows must be within 0 to {k_cache.shape[0] - 1}, got {min(found)} to {max(found)}")
     eps, offset = _checks.number("eps", eps, positive=True), _checks.number("offset", offset)
     return q, k, v, cos, sin, rows, positions, k_cache, v_cache, q_weight, k_weight, k_scale, v_scale, eps, offset
 
@@ -172,7 +172,8 @@ def rope_append(
         q, k, v, cos, sin, rows, positions, k_cache, v_cache, q_weight=q_weight, k_weight=k_weight,
         k_scale=k_scale, v_scale=v_scale, eps=eps, offset=offset,
     )  # fmt: skip
-    _checks.no_gradient(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
-    _checks.no_gradient(q_weight=q_weight, k_weight=k_weight)
+    if torch.is_grad_enabled():
+        _checks.no_gradient(q=q, k=k, v=v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache)
+        _checks.no_gradient(q_weight=q_weight, k_weight=k_weight)
     result: torch.Tensor = _forward[_op.choose(*arguments[:9])](*arguments)
     return result

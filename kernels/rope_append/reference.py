@@ -48,6 +48,7 @@ def rope_append(
     at = rows.long() * slots + torch.remainder(positions.long(), slots)
     # Skipped tokens point at a slot that another token may write, so that each token writes what the last of them has.
     last = at.new_full((k_cache.shape[0] * slots,), -1).scatter_reduce(0, at, tokens.masked_fill(skip, -1), "amax")[at]
+    q_weight, k_weight = (None if w is None else w.to(cos.dtype) for w in (q_weight, k_weight))
     turned, _ = norm_rope(k.to(cos.dtype), cos, sin, k_weight, eps, offset)  # rounded once, by the cache
     for x, cache, scale in ((turned, k_cache, k_scale), (v, v_cache, v_scale)):
         if scale is not None:

@@ -141,7 +141,8 @@ class LayerCache(ABC):
         """
         if chunk.batch != self.batch:
             raise ValueError(f"chunk must be of {self.batch} rows, got {chunk.batch}")
-        _checks.no_gradient(q_THC=q_THC, k_TKC=k_TKC, v_TKC=v_TKC, q_weight=q_weight, k_weight=k_weight)
+        if torch.is_grad_enabled():
+            _checks.no_gradient(q_THC=q_THC, k_TKC=k_TKC, v_TKC=v_TKC, q_weight=q_weight, k_weight=k_weight)
         tokens = chunk.longest
         if not chunk.is_step or (self.wraps and self.window is not None and self.window + tokens - 1 > self.slots):
             return self._attend_chunk(
@@ -153,10 +154,10 @@ class LayerCache(ABC):
             k_weight=k_weight, k_scale=self.k_scale, v_scale=self.v_scale, eps=eps, offset=offset,
         )  # fmt: skip
         out = ops.decode_attention(
-            q.unflatten(0, (self.batch, tokens)), self.k, self.v, chunk.length, k_scale=self.k_scale,
+            q.view(self.batch, tokens, *q.shape[1:]), self.k, self.v, chunk.length, k_scale=self.k_scale,
             v_scale=self.v_scale, window=self.window, scale=scale, softcap=softcap,
         )  # fmt: skip
-        return out.flatten(0, 1)
+        return out.view(q.shape[0], *out.shape[2:])
 
     def copy_rows(
         self, rows: torch.Tensor, source: "LayerCache", source_rows: torch.Tensor, length: torch.Tensor
