@@ -62,14 +62,14 @@ def _append(
         head = task - H - K
         c = tl.arange(0, BLOCK_V)
         x = tl.load(p_v + t * v_t + head * v_h + c, c < V, other=0.0)
-        to = p_vc + (slot * K + head) * V + c
+        v_to = p_vc + (slot * K + head) * V + c
         if CODED:
             wide = x.to(tl.float32)
             steps, scale = _scale(tl.max(tl.abs(wide), 0), tl.sum(wide * 0.0, 0))
-            tl.store(to, _codes(wide, steps), (c < V) & there)
+            tl.store(v_to, _codes(wide, steps), (c < V) & there)
             tl.store(p_vs + slot * K + head, scale, there)
         else:
-            tl.store(to, x, (c < V) & there)
+            tl.store(v_to, x, (c < V) & there)
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
