@@ -80,7 +80,7 @@ constexpr int64_t kRows = 512;  // tokens of a chunk, at most
 constexpr int64_t kLogits = int64_t(1)
                             << 26;  // logits of a chunk, at most, that wait for their rows' lse: 256 MiB
 constexpr int64_t kColumns = 512;   // classes of a block
-constexpr int64_t kLanes = 32;      // that many threads find work; each lane has its own sum of dX
+constexpr int64_t kLanes = 16;      // that many threads find work; each lane has its own sum of dX
 
 using Buffer = std::unique_ptr<float[]>;
 Buffer buffer(int64_t n) {
