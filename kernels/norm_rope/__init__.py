@@ -11,14 +11,14 @@ from vlkern.kernels.norm_rope import reference, samples
 
 
 def check_angles(name: str, value: Any, x_name: str, x: torch.Tensor) -> torch.Tensor:
-    """`value`, which must be the cosines or sines for x [T, H, C]: float32 (float64 for float64), [T, C / 2]."""
+    """`value`, which must be the cosines or sines for x [T, H, C]: [T, C / 2] in float32, widened for a float64 x."""
     t = _checks.tensor(name, value)
-    expected = torch.promote_types(x.dtype, torch.float32)
-    if t.dtype != expected:
-        raise TypeError(f"{name} must be {expected}, got {t.dtype}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if t.dtype not in (torch.float32, wide):
+        raise TypeError(f"{name} must be {wide}, got {t.dtype}")
     _checks.shape(name, t, (x.shape[0], x.shape[2] // 2))
     _checks.on_device(name, t, x_name, x)
-    return t
+    return t if t.dtype == wide else t.to(wide)
 
 
 def check_weight(name: str, value: Any, x_name: str, x: torch.Tensor) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlkern.bench import decoding
+from vlkern.bench import decoding, heads
 
 Function = Callable[..., torch.Tensor]
 
@@ -291,6 +291,15 @@ RACES: dict[str, Race] = {
             Contestant("cut_cross_entropy", _cut_cross_entropy),
         ),
     ),
+    "norm_rope": Race(
+        ceiling="copy",
+        # forward: read x, write y. backward: read x and grad, write dx.
+        share={"forward": 1.0, "forward+backward": 2.5},
+        rivals=(
+            Contestant("eager", partial(_plain, heads.norm_rope)),
+            Contestant("torch.compile", partial(_compiled, heads.norm_rope), compiled=True),
+        ),
+    ),
     "rms_norm": Race(
         ceiling="copy",
         # forward: read x, write y. backward: read x and grad, write dx.
@@ -300,6 +309,14 @@ RACES: dict[str, Race] = {
             Contestant("F.rms_norm", partial(_plain, torch_rms_norm)),
             Contestant("torch.compile", partial(_compiled, rms_norm_formula), compiled=True),
             Contestant("liger", _liger_rms_norm),
+        ),
+    ),
+    "rope_append": Race(
+        ceiling="copy",
+        share={"forward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, heads.rope_append)),
+            Contestant("torch.compile", partial(_compiled, heads.rope_append), compiled=True),
         ),
     ),
     "sigmoid_loss": Race(
