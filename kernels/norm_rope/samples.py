@@ -24,7 +24,7 @@ SAMPLES = [
     Sample("empty", 0, 2, 8),
     Sample("one", 1, 1, 2, offset=0.0),
     Sample("below_a_vector", 3, 2, 30),
-    Sample("above_a_block", 65, 2, 34, norm=False),
+    Sample("above_a_tile", 65, 2, 34, norm=False),
     Sample("part_of_a_projection", 7, 3, 24, contiguous=False),
     Sample("gemma3_270m", 17, 4, 256),
     Sample("gemma3_270m_2k", 2048, 4, 256, bench=True),
