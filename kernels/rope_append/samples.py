@@ -31,8 +31,8 @@ class Sample:
 SAMPLES = [
     Sample("empty", ((), ()), 4),
     Sample("one", ((0,),), 1, h=1, c=2),
-    Sample("below_a_vector", ((3, 4), (), (7, 8)), 9, h=6, kh=2, c=30, cv=14),
-    Sample("above_a_tile", ((8, 9), (-1, -1), (70, 71)), 5, h=9, kh=3, c=34, cv=18),
+    Sample("below_a_vector", ((3, 4), (-1,), (7, 8)), 9, h=6, kh=2, c=30, cv=14),
+    Sample("above_a_tile", ((8, 9), (), (69, 70, 71, 72)), 5, h=9, kh=3, c=34, cv=18),
     Sample("chunk", (tuple(range(14)), tuple(range(5, 12))), 15, h=4, kh=2, c=64, cv=16),
     Sample("fused_int8", ((14, 15, 16, 17), (3,)), 6, kh=2, norm=False, int8=True, contiguous=False),
     Sample("gemma3_270m_step", ((1023,),), 1024, h=4, kh=1, c=256, bench=True),
