@@ -273,8 +273,8 @@ def linear_cross_entropy(
     elif differentiate:
         losses = Tokens.apply(hidden, weight, bias, target, softcap, scale, smoothing, z_loss, backend, None)
     else:
-        sums = sums_of_tokens[backend](hidden, weight, bias, target, softcap, scale)
-        losses = losses_of(*sums, smoothing, weight.shape[0], z_loss)
+        lse, own, total = sums_of_tokens[backend](hidden, weight, bias, target, softcap, scale)
+        losses = losses_of(lse, own, total, smoothing, weight.shape[0], z_loss)
     return losses if reduction == "none" else (share * losses).sum()
 
 

@@ -95,5 +95,5 @@ def token_losses(
             hidden, weight, bias, local, softcap, scale, smoothing, z_loss, backend, across
         )
         return losses
-    sums = sums_of_tokens[backend](hidden, weight, bias, local, softcap, scale)
-    return losses_of(*across.combine(*sums, local), smoothing, across.classes, z_loss)
+    lse, own, total = sums_of_tokens[backend](hidden, weight, bias, local, softcap, scale)
+    return losses_of(*across.combine(lse, own, total, local), smoothing, across.classes, z_loss)
