@@ -16,7 +16,7 @@ import vlkern
 from vlkern import data, info
 from vlkern._files import write_file
 from vlkern._progress import say
-from vlkern.data.text import FIRST_MERGE
+from vlkern.data.text import BYTE_PAIRS, FIRST_MERGE
 from vlkern.errors import UserError
 from vlkern.recipes.contrastive import Recipe
 from vlkern.train import loop
@@ -47,13 +47,13 @@ def add_start(parser: argparse.ArgumentParser, preset: str) -> Any:
     return model
 
 
-def add_data(parser: argparse.ArgumentParser) -> Any:
-    """--data, --tokenizer and --augment; their group."""
+def add_data(parser: argparse.ArgumentParser, kept: str = BYTE_PAIRS) -> Any:
+    """--data, --tokenizer, which may be the file `kept` of another run, and --augment; their group."""
     given = parser.add_argument_group("data")
     given.add_argument("--data", type=Path, nargs="+", metavar="SHARD", help="WebDataset tar files, or folders of them")
     given.add_argument(
         "--tokenizer", metavar="SOURCE",
-        help="bytes, or a file or folder with tokenizer.json, *.model or byte_pairs.json (that of --from; from "
+        help=f"bytes, or a file or folder with tokenizer.json, *.model or {kept} (that of --from; from "
         "scratch: byte pairs learned from the captions)",
     )  # fmt: skip
     given.add_argument("--augment", action="store_true", default=None, help="change pictures at random")

@@ -11,6 +11,7 @@ from torch import nn
 from vlkern import data, models
 from vlkern._malloc import recycle_memory
 from vlkern.data.tasks import PREFIXES
+from vlkern.data.vocabulary import PIECES
 from vlkern.errors import UserError
 from vlkern.layers.init import dense_
 from vlkern.models import paligemma
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, data and what is learned; the rest is the same for every recipe."""
     model = common.add_start(parser, PRESET)
     model.add_argument("--image-size", type=positive, metavar="S", help="side of the pictures (that of the model)")
-    given = common.add_data(parser)
+    given = common.add_data(parser, PIECES)
     given.add_argument(
         "--tasks", nargs="+", choices=tuple(PREFIXES), metavar="TASK",
         help=f"what is asked: {', '.join(PREFIXES)} (all; without classes not category)",
