@@ -8,6 +8,7 @@ from rooms import KERNELS, agree, device, dtypes, skip_unsupported
 
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import REGISTRY
+from vlkern.kernels.decode_attention import samples as decode_attention
 from vlkern.kernels.geglu import samples as geglu
 from vlkern.kernels.interval_attention import samples as interval_attention
 from vlkern.kernels.linear import samples as linear
@@ -120,9 +121,38 @@ def test_interval_attention(name, data):
     )
     if data.draw(st.booleans()):
         sample = replace(sample, dv=8 * data.draw(widths))
-    dtype, scale = data.draw(st.sampled_from(dtypes(name))), data.draw(st.sampled_from([None, 0.1, 0.01, -0.1]))
+    dtype, scale = data.draw(st.sampled_from(dtypes(name))), data.draw(st.sampled_from([None, 1.0, 0.1, 0.01, -0.1]))
     calls = []
     for seed in SEEDS:
         args, kwargs = interval_attention.inputs(sample, dtype, device(name), seed)
         calls.append((args, {**kwargs, "scale": scale}))
     agree(REGISTRY["interval_attention"], name, calls)
+
+
+@every_kernel
+@fuzz
+@hypothesis.given(data=st.data())
+def test_decode_attention(name, data):
+    """Rows of any length in rings and linear caches, with and without a window, in any dtype of the cache."""
+    tokens, window = data.draw(st.integers(1, 16)), data.draw(st.none() | st.integers(1, 40))
+    slots = (window or 60) + tokens - 1 + data.draw(st.integers(0, 9))
+    longest = slots if window is None else 3 * slots
+    kh = data.draw(st.integers(1, 3))
+    sample = decode_attention.Sample(
+        "random",
+        lengths=tuple(data.draw(st.lists(st.integers(0, longest), min_size=1, max_size=3))),
+        slots=slots,
+        tokens=tokens,
+        h=kh * data.draw(st.integers(1, 5)),
+        kh=kh,
+        c=8 * data.draw(st.integers(1, 32)),
+        cv=8 * data.draw(st.integers(1, 32)),
+        window=window,
+        softcap=data.draw(st.none() | st.sampled_from([0.5, 30.0])),
+        int8=data.draw(st.booleans()),
+        contiguous=data.draw(st.booleans()),
+    )
+    sample = sample if sample.contiguous else replace(sample, cv=sample.c, int8=False)
+    dtype = data.draw(st.sampled_from(dtypes(name)))
+    calls = [decode_attention.inputs(sample, dtype, device(name), seed) for seed in SEEDS[:2]]
+    agree(REGISTRY["decode_attention"], name, calls)
