@@ -13,7 +13,7 @@ import triton.language as tl
 
 from vlkern._triton import Chip, chip
 
-_ELEMENTS = 4096
+_ELEMENTS = 2048
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,14 @@ def norm_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.py."""
     x = x if x.stride(2) == 1 else x.contiguous()
+    weight = None if weight is None else weight.contiguous()
     norm, heads, half = weight is not None, x.shape[0] * x.shape[1], x.shape[2] // 2
     y = x.new_empty(x.shape)
     rstd = x.new_empty(x.shape[:2] if norm else (0,), dtype=torch.float32)
     if heads:
         c = pick(heads, half, chip(x.device))
         _fwd[(triton.cdiv(heads, c.rows),)](
-            x, cos.contiguous(), sin.contiguous(), weight.contiguous() if norm else None, y, rstd, heads, x.shape[1],
+            x, cos.contiguous(), sin.contiguous(), weight, y, rstd, heads, x.shape[1],
             x.stride(0), x.stride(1), eps, offset, half, c.block, c.rows, norm, num_warps=c.warps,
         )  # fmt: skip
     return y, rstd
@@ -149,6 +150,7 @@ def norm_rope_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.py."""
     x = x if x.stride(2) == 1 else x.contiguous()
+    weight = None if weight is None else weight.contiguous()
     norm, heads, half = weight is not None, x.shape[0] * x.shape[1], x.shape[2] // 2
     dx = x.new_empty(x.shape)
     channels = x.shape[2] if norm else 0
@@ -157,7 +159,7 @@ def norm_rope_backward(
     c = pick(heads, half, chip(x.device))
     parts = x.new_empty(c.parts, channels, dtype=torch.float32)
     _bwd[(c.parts,)](
-        grad.contiguous(), x, cos.contiguous(), sin.contiguous(), weight.contiguous() if norm else None,
+        grad.contiguous(), x, cos.contiguous(), sin.contiguous(), weight,
         rstd.contiguous(), dx, parts, heads, x.shape[1], x.stride(0), x.stride(1), offset, half, c.block, c.rows,
         c.parts, norm, num_warps=c.warps,
     )  # fmt: skip
