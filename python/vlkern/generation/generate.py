@@ -88,14 +88,15 @@ class _Row:
             self.reason = "end"
         elif self.stream is not None and self.stream.push(token):
             self.reason = "stop"
-        if self.reason:
-            self.finish()
+        if self.reason and self.stream is not None:
+            self.stream.end()
 
     def finish(self) -> None:
         """No token follows."""
-        self.reason = self.reason or "length"
-        if self.stream is not None:
-            self.stream.end()
+        if not self.reason:
+            self.reason = "length"
+            if self.stream is not None:
+                self.stream.end()
 
     def completion(self) -> Completion:
         """As the caller gets it."""
@@ -157,16 +158,7 @@ def generate(
         >>> len(answer.tokens), answer.reason
         (8, 'length')
     """
-    if isinstance(prompts, str):
-        raise TypeError("prompts must be a sequence, got one string")
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be a function of row and text, got {type(callback).__name__}")
-    like = next(model.parameters())
-    if cache_dtype not in (None, torch.int8, like.dtype):
-        raise ValueError(f"cache_dtype must be torch.int8 or that of the model, {like.dtype}, got {cache_dtype}")
+    _check(model, prompts, max_new_tokens, prefill_chunk, callback, cache_dtype)
     stops = check_stops(stop)
     if stops and tokenizer is None:
         raise ValueError("stop needs a tokenizer, got none")
@@ -176,43 +168,58 @@ def generate(
     if len(pictures) != len(prompts):
         raise ValueError(f"images must be one sequence for each of the {len(prompts)} prompts, got {len(pictures)}")
     given = [prompt_of(model, prompt, tokenizer, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
-    rows = [prompt.ids for prompt in given]
-    longest = max(map(len, rows))
+    longest = max(len(prompt.ids) for prompt in given)
     needed = longest + max_new_tokens
     if capacity is not None and needed > capacity:
         raise ValueError(
             f"prompts must leave room for {max_new_tokens} new tokens in caches of {capacity}, got one of {longest}"
         )
-    streams = [_stream(tokenizer, stops, callback, row) for row in range(len(rows))]
-    uniforms = sampler.uniforms(len(rows), max_new_tokens)
+    choose = _Chooser(sampler, model, given, tokenizer, max_new_tokens)
+    rows = [_stream(tokenizer, stops, callback, row) for row in range(len(given))]
+    ends = frozenset(_ends(tokenizer) if end is None else end)
     pixels = [prompt.pixels for prompt in given if prompt.pixels is not None]
-    device = like.device
-    times = Times() if times is None else times
     with torch.inference_mode():
-        begin = time.perf_counter()
         session = Session(
-            model, rows, torch.cat(pixels).to(device) if pixels else None,
+            model, [prompt.ids for prompt in given], torch.cat(pixels) if pixels else None,
             capacity=capacity or needed, room=prefill_chunk, cache_dtype=cache_dtype,
         )  # fmt: skip
-        logits = session.prefill()
-        times.prompt, times.prefill = sum(map(len, rows)), time.perf_counter() - begin
-        limit = min(logits.shape[1], getattr(model.config, "sampled_vocabulary", logits.shape[1]))
-        limit = limit if tokenizer is None else min(limit, tokenizer.size)
-        choose = _Chooser(sampler, rows, uniforms, limit, device)
-        ends = frozenset(_ends(tokenizer) if end is None else end)
-        begin = time.perf_counter()
-        for step in range(max_new_tokens):
-            tokens, log_probs = choose(logits, step)
-            for row, token, log_prob in zip(streams, tokens.tolist(), log_probs.tolist(), strict=True):
-                row.push(token, log_prob, ends)
-            if step + 1 == max_new_tokens or all(row.reason for row in streams):
-                break
-            logits = session.step(tokens)
-            times.steps, times.decode = step + 1, time.perf_counter() - begin
-    for row in streams:
-        if not row.reason:
-            row.finish()
-    return [row.completion() for row in streams]
+        _run(session, choose, rows, ends, max_new_tokens, Times() if times is None else times)
+    return [row.completion() for row in rows]
+
+
+def _check(
+    model: Any, prompts: Any, max_new_tokens: Any, prefill_chunk: Any, callback: Any, cache_dtype: torch.dtype | None
+) -> None:
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a sequence, got one string")
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of row and text, got {type(callback).__name__}")
+    dtype = next(model.parameters()).dtype
+    if cache_dtype not in (None, torch.int8, dtype):
+        raise ValueError(f"cache_dtype must be torch.int8 or that of the model, {dtype}, got {cache_dtype}")
+
+
+def _run(
+    session: Session, choose: "_Chooser", rows: Sequence[_Row], ends: frozenset[int], most: int, times: Times
+) -> None:
+    """Prompts, then at most so many tokens for each row."""
+    begin = time.perf_counter()
+    logits = session.prefill()
+    times.prompt, times.prefill = session.tokens, time.perf_counter() - begin
+    begin = time.perf_counter()
+    for step in range(most):
+        tokens, log_probs = choose(logits, step)
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            row.push(token, log_prob, ends)
+        if step + 1 == most or all(row.reason for row in rows):
+            break
+        logits = session.step(tokens)
+        times.steps, times.decode = step + 1, time.perf_counter() - begin
+    for row in rows:
+        row.finish()
 
 
 def _stream(tokenizer: "Vocabulary | None", stops: Sequence[str], callback: Callback | None, row: int) -> _Row:
@@ -233,15 +240,25 @@ class _Chooser:
     """Draws the tokens of each step; knows which tokens are in prompt and answer where there is a penalty for them."""
 
     def __init__(
-        self, sampler: Sampler, rows: Sequence[Sequence[int]], uniforms: torch.Tensor, limit: int, device: torch.device
+        self,
+        sampler: Sampler,
+        model: Any,
+        prompts: "Sequence[Prompt]",
+        tokenizer: "Vocabulary | None",
+        steps: int,
     ) -> None:
-        self._sampler, self._limit = sampler, limit
-        self._uniforms = uniforms.to(device)
+        device = next(model.parameters()).device
+        self._sampler = sampler
+        self._uniforms = sampler.uniforms(len(prompts), steps).to(device)
+        language = getattr(model.config, "language", model.config)
+        limits = [language.vocabulary, getattr(model.config, "sampled_vocabulary", language.vocabulary)]
+        self._limit = min([*limits, *([] if tokenizer is None else [tokenizer.size])])
         self._seen: torch.Tensor | None = None
         if sampler.repetition_penalty != 1:
-            self._seen = torch.zeros(len(rows), limit, dtype=torch.bool, device=device)
-            for seen, row in zip(self._seen, rows, strict=True):
-                seen[torch.tensor([token for token in row if token < limit], device=device)] = True
+            self._seen = torch.zeros(len(prompts), self._limit, dtype=torch.bool, device=device)
+            for seen, prompt in zip(self._seen, prompts, strict=True):
+                said = [token for token in prompt.ids if token < self._limit]
+                seen[torch.tensor(said, dtype=torch.int64, device=device)] = True
 
     def __call__(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, V] -> tokens [B] int64 and their log-probabilities [B]."""

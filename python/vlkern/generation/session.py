@@ -97,9 +97,15 @@ class Session:
         room: int,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self._model, self._rows, self._pixels, self._room = model, rows, pixels, room
+        self._model, self._rows, self._room = model, rows, room
         self._device = next(model.parameters()).device
+        self._pixels = None if pixels is None else pixels.to(self._device)
         self._caches = model.new_caches(len(rows), capacity, dtype=cache_dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self._rows))
 
     def prefill(self) -> torch.Tensor:
         """Run the prompts: logits [B, V] after the last token of each."""
