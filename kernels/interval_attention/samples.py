@@ -114,8 +114,13 @@ def magnitudes(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """For each gradient the sum of |terms|, to which rounding errors are proportional: dp - delta cancels."""
+    """For each gradient the sum of |terms|, to which rounding errors are proportional: dp - delta cancels.
+
+    So do the terms of a score, which is summed in float32. Its error is the relative error of its probability; where
+    one key has all the weight, only a backward that adds in the order of its forward is spared it.
+    """
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    score = abs(scale) * torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
     g, q, k, v = (t.double() for t in (grad, q, k, v))
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     q, g = q.unflatten(1, groups), g.unflatten(1, groups)
@@ -124,6 +129,7 @@ def magnitudes(
     j = torch.arange(k.shape[0], device=q.device)
     visible = (j >= start[:, None]) & (j < stop[:, None])
     p = torch.softmax(s.masked_fill(~visible, -torch.inf), -1).nan_to_num(0.0)
+    p = p * (1 + score * torch.einsum("qhgd,khd->hgqk", q.abs(), k.abs()))
     dp = torch.einsum("qhgd,khd->hgqk", g.abs(), v.abs())
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
     dq = torch.einsum("hgqk,khd->qhgd", ds, k.abs()).flatten(1, 2)
