@@ -33,7 +33,7 @@ def pick(heads: int, half: int, on: Chip) -> Config:
     """The configuration for `heads` heads of 2 * `half` channels."""
     block = triton.next_power_of_2(half)
     fair = triton.next_power_of_2(triton.cdiv(heads, 4 * on.sms))
-    rows = max(1, min(_ELEMENTS // block, fair))
+    rows = max(1, min(_ELEMENTS // block, max(4, fair)))
     return Config(rows, block, max(1, min(rows * block // 512, 8)), min(2 * on.sms, triton.cdiv(heads, rows)))
 
 
