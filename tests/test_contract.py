@@ -47,7 +47,7 @@ def test_forward_and_backward_agree_with_the_reference(op, backend, dtype, sampl
     agree(op, backend, [samples(op).inputs(sample, dtype, device(backend), seed) for seed in seeds(op, sample)])
 
 
-@each(dtype=True, sample=light)
+@each(dtype=True, sample=light, differentiable=True)
 def test_forward_alone_agrees_with_the_reference(op, backend, dtype, sample):
     args, kwargs = samples(op).inputs(sample, dtype, device(backend))
     skip_unsupported(op, backend, args, kwargs)

@@ -188,7 +188,8 @@ def decode_attention(
     group = heads // key_heads
     window = min(window or _EVERYTHING, _EVERYTHING)
     span = min(slots, window + tokens - 1)
-    t = pick(batch, key_heads, group * tokens, span, (c, e), k.element_size(), chip(q.device))
+    itemsize = k.element_size() if q.dtype != torch.float32 else 4  # int8 becomes float32 in registers
+    t = pick(batch, key_heads, group * tokens, span, (c, e), itemsize, chip(q.device))
     parts, lse = out, None
     if t.splits > 1:
         parts = q.new_empty(batch, t.splits, tokens, heads, e, dtype=torch.float32)

@@ -73,7 +73,7 @@ def agrees(name, lengths, slots, options=None, **shape):
 
 
 @every_backend
-@pytest.mark.parametrize(("tokens", "window", "slots"), [(1, 8, 8), (1, 5, 11), (3, 6, 12)])
+@pytest.mark.parametrize(("tokens", "window", "slots"), [(1, 5, 5), (1, 3, 7), (3, 4, 9)])
 def test_every_state_of_a_ring(name, tokens, window, slots):
     """Lengths from 0 to three times around, with as many tokens rolled back as the slack allows."""
     undone = slots - window - tokens + 1
@@ -87,8 +87,7 @@ def test_a_linear_cache_with_slots_to_spare(name, window):
 
 
 @every_backend
-@pytest.mark.parametrize(("h", "kh"), [(1, 1), (4, 1), (6, 2), (5, 5), (8, 1)])
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("h", "kh", "tokens"), [(1, 1, 1), (4, 1, 7), (6, 2, 1), (3, 3, 5), (8, 1, 16)])
 def test_query_heads_share_key_heads(name, h, kh, tokens):
     agrees(name, (7, 40), 41, h=h, kh=kh, tokens=tokens)
 
@@ -97,13 +96,13 @@ def test_query_heads_share_key_heads(name, h, kh, tokens):
 @pytest.mark.parametrize("tokens", [2, 5, 16])
 def test_several_tokens_in_rows_shorter_than_that(name, tokens):
     """Queries at negative positions give zeros."""
-    agrees(name, (0, 1, 4, 15, 16, 17), 20, {"window": 4}, tokens=tokens)
+    agrees(name, (0, 1, 4, 16, 17), 20, {"window": 4}, tokens=tokens)
 
 
 @every_backend
 @pytest.mark.parametrize(("c", "cv"), [(8, 8), (64, 64), (72, 72), (128, 40), (24, 136), (256, 256)])
 def test_head_dims(name, c, cv):
-    agrees(name, (3, 70), 70, h=4, kh=2, c=c, cv=cv, tokens=2)
+    agrees(name, (70,), 70, h=4, kh=2, c=c, cv=cv, tokens=2)
 
 
 @every_backend
