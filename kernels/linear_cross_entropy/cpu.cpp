@@ -101,7 +101,8 @@ class Sweep {
     blocks_ = ceil_div(p_.classes, columns_);
     lanes_ = std::min(blocks_, kLanes);
     rows_ = std::clamp<int64_t>(kLogits / p_.classes / 32 * 32, 32, kRows);
-    rows_ = std::min(rows_, int64_t(counted_.size()));
+    int64_t count = int64_t(counted_.size());
+    rows_ = ceil_div(count, std::max<int64_t>(1, ceil_div(count, rows_)));  // chunks of one size
   }
 
   // Asks for gradients; null pointers for those that are not wanted. share [tokens].
