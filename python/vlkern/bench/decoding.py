@@ -97,7 +97,8 @@ def flex(attend: Function) -> Function:
         if softcap is not None or window is not None or int(length.max()) > k.shape[1]:
             raise ValueError("it is set up for whole linear caches")
         tokens = q.shape[1]
-        q, k, v, _ = _filled(q, k, v, length, k_scale, v_scale, window)
+        # Detached: on the CPU it refuses views of tensors that want gradients.
+        q, k, v, _ = _filled(q.detach(), k.detach(), v.detach(), length, k_scale, v_scale, window)
         if id(length) not in masks:
 
             def visible(b: Any, h: Any, i: Any, j: Any) -> Any:
