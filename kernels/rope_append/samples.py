@@ -54,7 +54,7 @@ def inputs(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> tu
         q, k, v = torch.randn(t, sum(sizes), wide, generator=g).to(device, dtype).split(sizes, 1)
     q, k, v = q[..., : sample.c], k[..., : sample.c], v[..., :cv]
     positions = torch.tensor([p for row in sample.positions for p in row], dtype=torch.int32)
-    rows = torch.repeat_interleave(torch.arange(b, dtype=torch.int32), torch.tensor([len(r) for r in sample.positions]))
+    rows = torch.tensor([row for row, several in enumerate(sample.positions) for _ in several], dtype=torch.int32)
     cos, sin = angles(positions, sample.c, dtype)
     caches = [torch.randn(b, sample.slots, sample.kh, n, generator=g) for n in (sample.c, cv)]
     kwargs: dict[str, Any] = {}

@@ -12,7 +12,9 @@ from vlkern.kernels.decode_attention import samples as decode_attention
 from vlkern.kernels.geglu import samples as geglu
 from vlkern.kernels.interval_attention import samples as interval_attention
 from vlkern.kernels.linear import samples as linear
+from vlkern.kernels.norm_rope import samples as norm_rope
 from vlkern.kernels.rms_norm import samples as rms_norm
+from vlkern.kernels.rope_append import samples as rope_append
 from vlkern.kernels.sigmoid_loss import samples as sigmoid_loss
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
@@ -22,6 +24,7 @@ every_kernel = pytest.mark.parametrize("name", KERNELS)
 #: The same examples every time; a single number's error needs many draws to be comparable. The interpreter is slow.
 EXAMPLES, SEEDS = (8, range(2)) if TRITON_INTERPRETS else (40, range(16))
 fuzz = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+brief = hypothesis.settings(fuzz, max_examples=EXAMPLES // 4)
 
 
 @every_kernel
@@ -156,3 +159,46 @@ def test_decode_attention(name, data):
     dtype = data.draw(st.sampled_from(dtypes(name)))
     calls = [decode_attention.inputs(sample, dtype, device(name), seed) for seed in SEEDS[:2]]
     agree(REGISTRY["decode_attention"], name, calls)
+
+
+@every_kernel
+@brief
+@hypothesis.given(data=st.data())
+def test_norm_rope(name, data):
+    sample = norm_rope.Sample(
+        "random",
+        t=data.draw(st.integers(0, 40)),
+        h=data.draw(st.integers(1, 5)),
+        c=2 * data.draw(st.integers(1, 70)),
+        norm=data.draw(st.booleans()),
+        offset=data.draw(st.sampled_from([0.0, 1.0])),
+        contiguous=data.draw(st.booleans()),
+    )
+    dtype = data.draw(st.sampled_from(dtypes(name)))
+    agree(REGISTRY["norm_rope"], name, [norm_rope.inputs(sample, dtype, device(name), seed) for seed in SEEDS])
+
+
+@every_kernel
+@brief
+@hypothesis.given(data=st.data())
+def test_rope_append(name, data):
+    """Rows whose tokens lie anywhere, next to each other or not, but in slots of their own; some sit out."""
+    slots, positions = data.draw(st.integers(1, 30)), []
+    for _ in range(data.draw(st.integers(0, 4))):
+        own = data.draw(st.lists(st.integers(0, slots - 1), max_size=8, unique=True))
+        turns = [data.draw(st.integers(-1, 3)) for _ in own]
+        positions.append(tuple(slot + slots * turn if turn >= 0 else -1 for slot, turn in zip(own, turns, strict=True)))
+    sample = rope_append.Sample(
+        "random",
+        tuple(positions),
+        slots,
+        h=data.draw(st.integers(1, 5)),
+        kh=data.draw(st.integers(1, 3)),
+        c=2 * data.draw(st.integers(1, 40)),
+        cv=2 * data.draw(st.integers(1, 40)),
+        norm=data.draw(st.booleans()),
+        int8=data.draw(st.booleans()),
+        contiguous=data.draw(st.booleans()),
+    )
+    dtype = data.draw(st.sampled_from(dtypes(name)))
+    agree(REGISTRY["rope_append"], name, [rope_append.inputs(sample, dtype, device(name), seed) for seed in SEEDS])
