@@ -1,5 +1,6 @@
 """Training runs for the tests, every rank a process of its own."""
 
+import io
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import forks
 import safetensors.torch
 import shards
 import torch
+from PIL import Image
 
 from vlkern.models import navit, paligemma
 from vlkern.models.gemma import GemmaConfig
@@ -146,3 +148,22 @@ def shard(path: Path, count: int) -> Path:
         members[f"{i:04}.png"] = shards.picture(color=(10 * i, 255 - 10 * i, 40 * i % 256), size=(16, 16))
         members[f"{i:04}.json"] = json.dumps({"captions": [f"colour {i}", f"{i} of {count}"]}).encode()
     return shards.write(path, members)
+
+
+def drawings(path: Path, count: int) -> Path:
+    """Pictures of many shapes that say their colour."""
+    members: dict[str, bytes] = {}
+    for i in range(count):
+        out = io.BytesIO()
+        Image.new("RGB", (10 + 3 * i, 60 - 2 * i), (10 * i, 255 - 10 * i, 40 * i % 256)).save(out, "PNG")
+        members[f"{i:04}.png"] = out.getvalue()
+        members[f"{i:04}.json"] = json.dumps({"captions": [f"colour {i}", f"{i} of {count}"]}).encode()
+    return shards.write(path, members)
+
+
+def undisturbed(arguments: Callable[[Path], list[Any]], new_folder: Callable[[str], Path]) -> dict[int, Path]:
+    """Number of ranks, 1 and 2 -> folder of a run by `arguments(folder)` that nobody kills."""
+    folders = {world: new_folder(f"unbroken{world}") / "run" for world in (1, 2)}
+    for world, folder in folders.items():
+        run(arguments(folder), folder.with_name("said"), world=world)
+    return folders

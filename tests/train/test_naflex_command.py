@@ -1,15 +1,12 @@
 """`vlkern train siglip --naflex`: what it writes, that it can be killed, that ranks agree, and how it refuses."""
 
-import io
 import json
 import re
 import signal
 
 import pytest
 import runs
-import shards
 import torch
-from PIL import Image
 
 from vlkern import data, models
 from vlkern.cli import main
@@ -23,14 +20,7 @@ CONFIG = NaflexConfig(NaflexVisionConfig(24, 2, 3, 48, patch=4, side=4), TEXT)
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
-    """Drawings of many shapes, that say their colour."""
-    members = {}
-    for i in range(COUNT):
-        out = io.BytesIO()
-        Image.new("RGB", (10 + 3 * i, 60 - 2 * i), (10 * i, 255 - 10 * i, 40 * i % 256)).save(out, "PNG")
-        members[f"{i:04}.png"] = out.getvalue()
-        members[f"{i:04}.json"] = json.dumps({"captions": [f"colour {i}", f"{i} of {COUNT}"]}).encode()
-    return shards.write(tmp_path_factory.mktemp("data") / "train.tar", members)
+    return runs.drawings(tmp_path_factory.mktemp("data") / "train.tar", COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +46,7 @@ def steady(shard, start, folder):
 
 @pytest.fixture(scope="module")
 def unbroken(shard, start, tmp_path_factory):
-    """world -> folder of a run that nobody disturbs."""
-    folders = {}
-    for world in (1, 2):
-        folders[world] = tmp_path_factory.mktemp(f"unbroken{world}") / "run"
-        runs.run(steady(shard, start, folders[world]), folders[world].with_name("said"), world=world)
-    return folders
+    return runs.undisturbed(lambda folder: steady(shard, start, folder), tmp_path_factory.mktemp)
 
 
 def test_model_and_tokenizer_are_what_the_others_read(unbroken):
