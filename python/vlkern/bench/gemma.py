@@ -33,6 +33,14 @@ def twins(config: GemmaConfig) -> tuple[Gemma, nn.Module]:
     return ours, theirs
 
 
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose parameters have this dtype. Buffers stay: a table of RoPE's angles in bfloat16 would be useless."""
+    model = copy.deepcopy(model).eval()
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
 def contents(c: GemmaConfig, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values [length, K, C] of every layer, of a size that attention is not about one token alone."""
     g = torch.Generator().manual_seed(1)
@@ -71,7 +79,7 @@ def our_step(model: Gemma, dtype: torch.dtype, length: int) -> Call:
 
 def their_step(model: nn.Module, config: GemmaConfig, dtype: torch.dtype, length: int) -> Call:
     """The same of transformers. Its cache keeps the token, so the context grows by one with each call."""
-    model = copy.deepcopy(model).to(dtype).eval()
+    model = _cast(model, dtype)
     cache = peers.load("transformers").DynamicCache(config=model.config)
     for i, (k, v) in enumerate(contents(config, length)):
         cache.update(*(x.transpose(0, 1)[None].to(dtype) for x in (k, v)), i)
@@ -134,7 +142,7 @@ def prefill_event(models: tuple[Gemma, nn.Module], preset: str, tokens: int) -> 
         return call
 
     def their_call(dtype: torch.dtype) -> Call:
-        model: Any = copy.deepcopy(theirs).to(dtype).eval()
+        model: Any = _cast(theirs, dtype)
 
         def call() -> torch.Tensor:
             with torch.inference_mode():
