@@ -1,6 +1,7 @@
 """`vlkern generate` as a user meets it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import shards
@@ -14,6 +15,10 @@ from vlkern.generation.untrained import numbers_of, random_model
 from vlkern.layers.init import shapes_only
 from vlkern.models.gemma import Gemma, GemmaConfig
 from vlkern.models.paligemma import PRESETS, PaliGemma
+
+SMALL = GemmaConfig(
+    width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp=32, query_scalar=16, version=1, vocabulary=64, context=100
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +110,7 @@ def test_boxes_are_drawn(folder, picture, tmp_path, monkeypatch, capfd):
 
 def test_a_turn_of_a_talk(tmp_path, monkeypatch, capfd):
     """--chat wraps the prompt in the marks that tuned models know."""
-    config = GemmaConfig(
-        width=32, depth=1, heads=2, kv_heads=1, head_dim=16, mlp=32, query_scalar=16, version=1, vocabulary=1344,
-        context=100,
-    )  # fmt: skip
-    models.save_pretrained(Gemma(config), tmp_path)
+    models.save_pretrained(Gemma(replace(SMALL, vocabulary=1344)), tmp_path)
     seen = []
     monkeypatch.setattr(cli, "prompt_of", lambda model, text, *rest: seen.append(text) or data.Prompt((2,), None, 1))
     chat = ["--model", tmp_path, "--tokenizer", "bytes", "--prompt", "Hi", "--chat", "--max-new-tokens", 1]
@@ -117,8 +118,10 @@ def test_a_turn_of_a_talk(tmp_path, monkeypatch, capfd):
     assert seen == ["<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"]
 
 
-def test_what_is_said_before_anything_is_loaded(tmp_path, capfd):
+def test_what_is_said_before_anything_is_loaded(picture, tmp_path, capfd):
     (tmp_path / "file").touch()
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    drawn = ["--image", picture, "--draw", tmp_path / "a.png"]
     asked = ["--model", "/nowhere", "--prompt", "a"]
     for more, message in (
         (["--top-p", 2], "--top-p must be from 0 to 1, got 2.0"),
@@ -129,7 +132,12 @@ def test_what_is_said_before_anything_is_loaded(tmp_path, capfd):
         (["--draw", tmp_path / "a.png"], "--draw: needs one --image, got 0"),
         (["--image", "/nowhere.png"], "--image /nowhere.png: cannot read (No such file or directory)"),
         (["--image", "/nowhere.png", "--draw", tmp_path / "file" / "a.png"], "--draw"),
+        (["--image", tmp_path / "bad.png"], f"--image {tmp_path / 'bad.png'}: no readable picture"),
+        (["--image", picture, "--draw", tmp_path / "a.jpg"], "a.jpg: expected a name that ends in .png"),
         (["--masks", "vae.npz"], "--masks: only with --draw"),
+        ([*drawn, "--masks", "/nowhere.npz"], "--masks /nowhere.npz: cannot read"),
+        (["--stop", ""], "--stop must be strings that are not empty, got ''"),
+        (["--prompt", "b"], "--prompt: expected one text, got 2"),
         (["--prompt-tokens", 5], "not both"),
         (["--random-weights", "gemma3-tiny"], "not allowed with argument --model"),
         ([], "--model: /nowhere: no such file or directory"),
@@ -146,14 +154,33 @@ def test_what_is_said_before_anything_is_loaded(tmp_path, capfd):
     )
 
 
+@pytest.mark.parametrize("rows", [1282, 1283, 1343])
+def test_a_tokenizer_of_nearly_the_models_size(rows, folder, tmp_path, capfd):
+    """Tables are padded; and Gemma 3's tokenizer has one id more than the sizes without eyes."""
+    models.save_pretrained(Gemma(replace(SMALL, vocabulary=rows)), tmp_path)
+    asked = ["--model", tmp_path, "--tokenizer", folder, "--max-new-tokens", 2]
+    assert call(*asked, "--prompt", "Hi") == 0
+    capfd.readouterr()
+    if rows == 1282:
+        assert "prompts must have tokens from 0 to 1281, got 2 to 1282" in fails(capfd, *asked, "--prompt", "<loc1023>")
+
+
+def test_an_answer_that_cannot_be_written(folder, monkeypatch, capfd):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Full())
+    asked = ["--model", folder, "--prompt", "a", "--max-new-tokens", 1]
+    assert "the answer cannot be written (No space left on device)" in fails(capfd, *asked)
+
+
 def test_what_does_not_fit(folder, picture, tmp_path, capfd):
     asked = ["--model", folder, "--prompt", "a"]
     text = ["--random-weights", "gemma3-tiny", "--prompt", "a"]
     assert "--prompt: has 3 tokens; with 600 more (--max-new-tokens)" in fails(capfd, *text, "--max-new-tokens", 600)
     assert "more than 512, for which" in fails(capfd, *text[:3], "word " * 200, "--max-new-tokens", 5)
-    assert "images: Gemma sees none, got 1" in fails(capfd, *text, "--image", picture)
-    (tmp_path / "a.png").write_bytes(b"nothing")
-    assert "image 1: no readable picture" in fails(capfd, *asked, "--image", tmp_path / "a.png")
+    assert "--image: a Gemma sees no pictures, got 1" in fails(capfd, *text, "--image", picture)
     assert "<image> in the prompt, 2, got 1" in fails(
         capfd, "--model", folder, "--prompt", "<image><image>a", "--image", picture
     )
@@ -161,6 +188,9 @@ def test_what_does_not_fit(folder, picture, tmp_path, capfd):
     data.BytePieces(data.learn_merges(["abc abd"] * 99, 900)).save(tmp_path / "other")
     (tmp_path / "pieces.json").write_text(json.dumps({"merges": [[2 + i, 3 + i] for i in range(99)]}))
     assert "the tokenizer must have 1283 ids" in fails(capfd, *asked, "--tokenizer", tmp_path / "pieces.json")
+    models.save_pretrained(models.create("gemma3-tiny"), tmp_path / "gemma")
+    other = ["--model", tmp_path / "gemma", "--tokenizer", "bytes", "--prompt", "a"]
+    assert "the tokenizer must have about the 2048 ids of the model, got 1283" in fails(capfd, *other)
     siglip = tmp_path / "siglip"
     models.save_pretrained(models.create("siglip-tiny"), siglip)
     assert "expected a Gemma or a PaliGemma, got Siglip" in fails(capfd, "--model", siglip, "--prompt", "a")

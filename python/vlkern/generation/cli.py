@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from vlkern import boxes, data, models
 from vlkern._device import device_of
@@ -17,8 +18,9 @@ from vlkern.errors import UserError
 from vlkern.evaluation.options import whole
 from vlkern.evaluation.report import check_file
 from vlkern.generation.generate import Times, generate
-from vlkern.generation.prompts import prompt_of
+from vlkern.generation.prompts import SPARE, prompt_of
 from vlkern.generation.sampling import Sampler
+from vlkern.generation.stream import check_stops
 from vlkern.generation.untrained import numbers_of, random_model
 from vlkern.models.gemma import Gemma
 from vlkern.models.gemma3 import Gemma3
@@ -45,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--random-weights", metavar="PRESET", help="a model without a checkpoint, for timing")
     model.add_argument("--tokenizer", metavar="PATH", help="file, folder or `bytes` (that in the model's DIR)")
     prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--prompt", metavar="TEXT", help='such as "caption en", "detect cat ; dog"')
+    prompt.add_argument(
+        "--prompt", action="append", metavar="TEXT", help='one text, such as "caption en", "detect cat ; dog"'
+    )
     prompt.add_argument(
         "--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; may be repeated"
     )
@@ -79,14 +83,24 @@ def _check(args: argparse.Namespace) -> Sampler:
     """What can be said before anything is loaded."""
     if (args.prompt is None) == (args.prompt_tokens is None):
         raise UserError("--prompt: expected a text" + ("" if args.prompt is None else ", or --prompt-tokens, not both"))
+    if args.prompt is not None and len(args.prompt) > 1:
+        raise UserError(
+            f"--prompt: expected one text, got {len(args.prompt)}; vlkern.generation.generate takes several"
+        )
     if args.prompt_tokens is not None and (args.random_weights is None or args.image or args.chat):
         raise UserError("--prompt-tokens: only with --random-weights, and without --image and --chat")
     if args.draw is not None:
         if len(args.image) != 1:
             raise UserError(f"--draw: needs one --image, got {len(args.image)}")
+        if args.draw.suffix.lower() != ".png":
+            raise UserError(f"--draw {args.draw}: expected a name that ends in .png")
         check_file("--draw", args.draw)
     if args.masks is not None and args.draw is None:
         raise UserError("--masks: only with --draw")
+    try:
+        check_stops(args.stop)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     chosen = (args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     drawn = 0.0 if all(value is None for value in chosen) else 1.0
     try:
@@ -122,45 +136,62 @@ def _vocabulary(args: argparse.Namespace, model: Any) -> data.Vocabulary:
         raise UserError(f"{error}; give one with --tokenizer" if args.tokenizer is None else str(error)) from error
     if isinstance(model, Multimodal):
         check_tokenizer(vocabulary, model.config)
+    elif args.model is not None and abs(vocabulary.size - model.config.vocabulary) >= SPARE:
+        raise UserError(
+            f"the tokenizer must have about the {model.config.vocabulary} ids of the model, got {vocabulary.size}: "
+            "take the tokenizer that belongs to the model"
+        )
     return vocabulary
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> Image.Image:
     try:
-        return path.read_bytes()
+        return open_image(path.read_bytes())
     except OSError as error:
         raise UserError(f"--image {path}: cannot read ({reason(error)})") from error
+    except ValueError as error:
+        raise UserError(f"--image {path}: {error}") from error
 
 
-def _prompt(args: argparse.Namespace, model: Any, vocabulary: data.Vocabulary, images: list[bytes]) -> Prompt:
+def _vae(path: Path | None) -> boxes.MaskVae | None:
+    try:
+        return None if path is None else boxes.load_mask_vae(path)
+    except ValueError as error:
+        raise UserError(f"--masks {error}") from error
+
+
+def _prompt(args: argparse.Namespace, model: Any, vocabulary: data.Vocabulary, images: list[Image.Image]) -> Prompt:
     if args.prompt_tokens is not None:
         generator = torch.Generator().manual_seed(args.seed or 0)
         ids = torch.randint(3, data.BytePieces.FIXED, (args.prompt_tokens,), generator=generator)
         return prompt_of(model, ids.tolist(), vocabulary)
+    [text] = args.prompt
     if not args.chat:
-        return prompt_of(model, args.prompt, vocabulary, images)
+        return prompt_of(model, text, vocabulary, images)
     if isinstance(model, Gemma3):
-        return data.chat_prompt(model.config, vocabulary, [("user", args.prompt)], images)
-    return prompt_of(model, data.chat_text([("user", args.prompt)]), vocabulary, images)
+        return data.chat_prompt(model.config, vocabulary, [("user", text)], images)
+    return prompt_of(model, data.chat_text([("user", text)]), vocabulary, images)
 
 
-def _draw(args: argparse.Namespace, image: bytes, text: str) -> None:
+def _draw(path: Path, picture: Image.Image, vae: boxes.MaskVae | None, text: str) -> None:
     """The picture with what the answer says. Names what could not be read."""
-    picture = open_image(image)
     answer = boxes.parse(text)
     for problem in answer.problems:
         print(f"not drawn: {problem}", file=sys.stderr)
-    masks = None
-    if args.masks is not None:
-        masks = boxes.load_mask_vae(args.masks).masks(answer.objects, picture.height, picture.width)
+    masks = None if vae is None else vae.masks(answer.objects, picture.height, picture.width)
     out = io.BytesIO()
     boxes.draw(picture, answer.objects, masks=masks).save(out, "PNG")
-    write_file(args.draw, out.getvalue())
-    print(f"wrote {args.draw}: {len(answer.objects)} boxes", file=sys.stderr)
+    write_file(path, out.getvalue())
+    print(f"wrote {path}: {len(answer.objects)} boxes", file=sys.stderr)
 
 
 def _stream(row: int, text: str) -> None:
-    print(text, end="", flush=True)
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"the answer cannot be written ({reason(error)})") from error
 
 
 def _speed(tokens: int, seconds: float) -> str:
@@ -171,7 +202,10 @@ def run(args: argparse.Namespace) -> int:
     """Generate. Raises UserError for everything that the user can mend."""
     sampler = _check(args)
     images = [_read(path) for path in args.image]
+    vae = _vae(args.masks)
     model = _model(args)
+    if args.image and not isinstance(model, Multimodal):
+        raise UserError(f"--image: a {type(model).__name__} sees no pictures, got {len(args.image)}")
     vocabulary = _vocabulary(args, model)
     config = model.config.language if isinstance(model, Multimodal) else model.config
     times = Times()
@@ -190,8 +224,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(flush=True)
+    _stream(0, "\n")
     print(f"prefill {_speed(times.prompt, times.prefill)}, decode {_speed(times.steps, times.decode)}", file=sys.stderr)
     if args.draw is not None:
-        _draw(args, images[0], completion.text)
+        _draw(args.draw, images[0], vae, completion.text)
     return 0
