@@ -82,6 +82,13 @@ def test_shards(model, tmp_path):
     assert _same(model, transformers.SiglipModel.from_pretrained(tmp_path))
 
 
+def test_all_files_are_readable_by_the_same_people(model, tmp_path):
+    """safetensors itself makes files that only their owner may read."""
+    models.save_pretrained(model, tmp_path, max_shard_size=20_000)
+    (tmp_path / "like any other").touch()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
 def test_saving_again_leaves_nothing_stale(model, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model_card.safetensors.txt").write_text("mine")

@@ -207,6 +207,8 @@ def save_pretrained(
                 index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                 (part / _INDEX).write_text(_json(index), encoding="utf-8")
             (part / _CONFIG).write_text(_json(config), encoding="utf-8")
+            for name in shards:  # safetensors makes its files for their owner alone
+                (part / name).chmod((part / _CONFIG).stat().st_mode & 0o777)
             _publish(part, folder, list(shards))
         finally:
             shutil.rmtree(part, ignore_errors=True)
