@@ -257,6 +257,8 @@ def test_pictures_may_be_files(paligemma):
     assert bool((paligemma_prompt(model, vocabulary, "", [clear]).pixels == 1).all())  # on white
     with pytest.raises(UserError, match="image 2: no readable picture"):
         paligemma_prompt(model, vocabulary, "", [image, b"no picture"])
+    with pytest.raises(TypeError, match="image 1 must be a Pillow image or the contents of a file, got str"):
+        paligemma_prompt(model, vocabulary, "", ["a.png"])
 
 
 def test_image_counts(paligemma, gemma3):

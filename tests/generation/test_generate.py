@@ -216,6 +216,7 @@ def test_bfloat16(model):
         ({"prompts": "ab"}, TypeError, "prompts must be a sequence, got one string"),
         ({"prompts": ["ab"], "tokenizer": None}, ValueError, "prompts need a tokenizer where they are texts"),
         ({"prompts": [[]]}, ValueError, "prompts must have at least one token"),
+        ({"prompts": [[2, 3.0]]}, TypeError, "prompts must be texts, whole numbers or Prompts, got float"),
         ({"prompts": [[2, 1344]]}, ValueError, "prompts must have tokens from 0 to 1343, got 2 to 1344"),
         ({"prompts": [[2] * 30], "capacity": 40}, ValueError, "room for 12 new tokens in caches of 40, got one of 30"),
         ({"prompts": ["a"], "max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number above 0, got 0"),

@@ -231,6 +231,9 @@ def test_bad_input():
         model.hidden(x, cu, until=torch.tensor([0, 1, 2, 2, 1], dtype=torch.int32))
     with pytest.raises(ValueError, match="the chunk must fit the capacity of 4 tokens: row 0 has 0 and would get 5"):
         model.new_caches(1, 4).chunk(starts((5,)))
+    caches = model.new_caches(1, 4)
+    with pytest.raises(ValueError, match=r"x_TD must have shape \[4, 36\], got \[5, 36\]"):
+        model.extend(x, caches.chunk(starts((4,))), caches)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def pixels_of(images: Sequence[Picture], size: tuple[int, int]) -> torch.Tensor 
 
     Raises:
         UserError: a picture cannot be read; it is counted from 1.
+        TypeError: it is neither an image nor bytes.
     """
     if not images:
         return None
@@ -110,6 +111,8 @@ def pixels_of(images: Sequence[Picture], size: tuple[int, int]) -> torch.Tensor 
 def _open(image: Picture, number: int) -> Image.Image:
     if isinstance(image, Image.Image):
         return on_white(image)
+    if not isinstance(image, bytes):
+        raise TypeError(f"image {number} must be a Pillow image or the contents of a file, got {type(image).__name__}")
     try:
         return open_image(image)
     except ValueError as error:

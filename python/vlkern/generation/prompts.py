@@ -1,5 +1,6 @@
 """What stands before an answer: a text as the model was trained on it, tokens, or a `vlkern.data.Prompt`."""
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,16 @@ def prompt_of(
     elif images:
         raise ValueError("images belong to texts; prompts of tokens bring theirs along as a vlkern.data.Prompt")
     else:
-        found = prompt if isinstance(prompt, Prompt) else Prompt(tuple(map(int, prompt)), None, len(prompt))
+        found = prompt if isinstance(prompt, Prompt) else Prompt(tuple(map(_id, prompt)), None, len(prompt))
     _check(model, found)
     return found
+
+
+def _id(token: Any) -> int:
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise TypeError(f"prompts must be texts, whole numbers or Prompts, got {type(token).__name__}") from None
 
 
 def _of_text(model: Any, text: str, tokenizer: "Vocabulary", images: "Sequence[Picture]") -> "Prompt":

@@ -350,7 +350,11 @@ class Gemma(nn.Module):
 
         Returns:
             [T, D] after the final norm.
+
+        Raises:
+            ValueError: there are not as many tokens as in the chunk; the chunk is not the next one of these caches.
         """
+        _checks.shape("x_TD", x_TD, (chunk.positions.shape[0], self.config.width))
         if self.config.whole_prefix:
             chunk = chunk._replace(whole=True)
         hidden_TD = self.model(x_TD, chunk.positions, caches.layers, chunk)
