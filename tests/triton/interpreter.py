@@ -5,6 +5,7 @@ truncates. bfloat16 is compiled in test_aot.py and tested on GPUs by the contrac
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from vlkern import _triton
 from vlkern._native import TRITON_INTERPRETS
 from vlkern._op import REGISTRY
+from vlkern.kernels.decode_attention import triton as decoding
 from vlkern.kernels.interval_attention import samples as attention_samples
 from vlkern.kernels.interval_attention import triton as attention
 from vlkern.kernels.interval_attention.triton_tiles import Tile
@@ -292,3 +294,30 @@ def test_configurations_keep_their_bounds(m, d, on, dtype):
     r = rms_norm.pick((m, d), dtype, on)
     assert 1 <= r.parts <= 2 * on.sms
     assert r.rows * r.block <= rms_norm._WIDEST
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
+def test_decoding_adds_up_any_number_of_parts(launched, monkeypatch, dtype):
+    """Parts without keys, rows without keys, and more parts than one tile of the sum holds."""
+    pick, counted = decoding.pick, Counted(decoding._add_up)
+    monkeypatch.setattr(decoding, "pick", lambda *call: replace(pick(*call), bn=16, splits=21))
+    monkeypatch.setattr(decoding, "_PARTS", 8)
+    monkeypatch.setattr(decoding, "_add_up", counted)
+    g = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 2, 2, 16, generator=g).to(dtype)
+    k, v = torch.randn(2, 2, 330, 1, 16, generator=g).to(dtype)
+    length = torch.tensor([1, 330], dtype=torch.int32)
+    agrees("decode_attention", "decode_attention", (q, k, v, length, None, None, None, 0.25, None))
+    assert counted.grids == [(8, 1)] * 2
+
+
+@pytest.mark.parametrize("on", [_triton.A100, _triton.H200, _triton.B200, _triton.Chip(86, 82, 99 << 10)])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_decoding_configurations_keep_their_bounds(on, itemsize):
+    rows, groups, spans = product((1, 4, 500), (1, 4, 16)), (1, 8, 128), (1, 512, 1 << 17)
+    for (batch, heads), queries, span, width in product(rows, groups, spans, (8, 72, 256)):
+        c = decoding.pick(batch, heads, queries, span, (width, width), itemsize, on)
+        tiles = batch * heads * -(-queries // c.bm)
+        assert c.splits >= 1 and tiles * c.splits <= max(tiles, 2 * on.sms)
+        assert (c.splits - 1) * 4 * c.bn < span
+        assert c.stages * 2 * c.bn * max(16, width) * itemsize <= on.shared and 16 <= c.bm <= 64 and c.bn >= 16
