@@ -20,7 +20,7 @@ test: lint  ## build, lint and run everything that needs no GPU
 COMPILERS := tests/triton tests/cuda tests/test_install.py tests/test_sanitizers.py
 test-compilers: .venv/built
 	$(BIN)/python -m pytest $(COMPILERS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py tests/kernels -k triton
 
 test-python: .venv/built
 	$(BIN)/python -m pytest $(COMPILERS:%=--ignore=%)
