@@ -10,6 +10,7 @@ from torch import nn
 
 from vlkern import data, models
 from vlkern._malloc import recycle_memory
+from vlkern.data.prompts import check_tokenizer
 from vlkern.data.tasks import PREFIXES
 from vlkern.data.vocabulary import PIECES
 from vlkern.errors import UserError
@@ -110,11 +111,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         # The released models start with a projector of zeros between two trained parts. From scratch that would put
         # RMS norms on vectors of zeros, whose gradients are a thousand times larger than all others.
         dense_(cast("nn.Linear", model.projector.linear), lecun=True)
-    elif vocabulary.size > config.sampled_vocabulary:
-        raise UserError(
-            f"--tokenizer: it has {vocabulary.size} ids, the model {config.sampled_vocabulary}: take the one that "
-            "belongs to the model"
-        )
+    else:
+        check_tokenizer(vocabulary, config)
     for tower in settings["freeze"]:
         {"image": model.vision, "text": model.language}[tower].requires_grad_(False)
     run = common.record(args, ranks, "paligemma", settings, pairs, vocabulary, vocabulary.size, stored)
