@@ -174,9 +174,8 @@ def test_other_models_and_recipes(shard, unbroken, tmp_path, capfd):
     start[-1] = unbroken[1] / "model"
     assert "the tokenizer must have" in fails(*start, "--batch", 8, "--steps", 1, "--tokenizer", "bytes")
     words = data.load_vocabulary(start[-1])
-    data.BytePieces([*words.merges, words.merges[0]]).save(
-        tmp_path
-    )  # as Hugging Face's, which has an id for the placeholder
+    # Hugging Face's tokenizer has an id for the placeholder, too.
+    data.BytePieces([*words.merges, words.merges[0]]).save(tmp_path)
     once = ["--batch", "8", "--steps", "1", "--tasks", "caption", "--tokenizer", str(tmp_path / "pieces.json")]
     assert main([*map(str, start), *once]) == 0
     capfd.readouterr()
