@@ -43,6 +43,15 @@ VLKERN_INLINE float to_float(fp16 v) {
   return std::bit_cast<float>(bits | uint32_t(v.x & 0x8000) << 16);
 }
 
+// The lower halves of a vector of 32-bit words, likewise.
+template <class Floats, class Words>
+VLKERN_INLINE Floats widen_halves(Words bits) {
+  Words magnitude = (bits & 0x7fffu) << 13;
+  Words scaled = __builtin_bit_cast(Words, __builtin_bit_cast(Floats, magnitude) * 0x1p112f);
+  Words special = magnitude >= 0x0f800000u ? Words{} + 0x7f800000u : Words{};
+  return __builtin_bit_cast(Floats, scaled | special | (bits & 0x8000u) << 16);
+}
+
 template <class T>
 T from_float(float v);
 

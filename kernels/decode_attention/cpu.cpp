@@ -9,72 +9,15 @@
 #include "share.h"
 #include "simd.h"
 
-#define VLKERN_LANES 8
-namespace vlkern::decode_portable {
-#include "vector.inc"
-// after vector.inc
-#include "cpu_kernel.inc"
-}  // namespace vlkern::decode_portable
-#undef VLKERN_LANES
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define VLKERN_LEVELS 1
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define VLKERN_LANES 8
-namespace vlkern::decode_avx2 {
-#include "vector.inc"
-// after vector.inc
-#include "cpu_kernel.inc"
-}  // namespace vlkern::decode_avx2
-#undef VLKERN_LANES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-#define VLKERN_LANES 16
-namespace vlkern::decode_avx512 {
-#include "vector.inc"
-// after vector.inc
-#include "cpu_kernel.inc"
-}  // namespace vlkern::decode_avx512
-#undef VLKERN_LANES
-#pragma GCC pop_options
-#endif
+#define VLKERN_ROOM decode
+#define VLKERN_ARITHMETIC "../kernels/decode_attention/cpu_kernel.inc"
+// after the two names
+#include "levels.inc"
 
 namespace vlkern {
 namespace {
 
 using namespace decode;
-
-struct Portable {
-  using Part = decode_portable::Part;
-  template <class T, class E>
-  using Worker = decode_portable::Worker<T, E>;
-};
-
-#ifdef VLKERN_LEVELS
-struct Avx2 {
-  using Part = decode_avx2::Part;
-  template <class T, class E>
-  using Worker = decode_avx2::Worker<T, E>;
-};
-struct Avx512 {
-  using Part = decode_avx512::Part;
-  template <class T, class E>
-  using Worker = decode_avx512::Worker<T, E>;
-};
-#endif
-
-// Calls f with the kernels of the best instruction set that this CPU has.
-template <class F>
-void with_kernels(F&& f) {
-#ifdef VLKERN_LEVELS
-  if (__builtin_cpu_supports("x86-64-v4")) return f.template operator()<Avx512>();
-  if (__builtin_cpu_supports("x86-64-v3")) return f.template operator()<Avx2>();
-#endif
-  f.template operator()<Portable>();
-}
 
 // Below this many bytes of keys and values waking the other threads would take longer than reading them.
 constexpr int64_t kAlone = int64_t(128) << 10;
@@ -82,7 +25,7 @@ constexpr int64_t kAlone = int64_t(128) << 10;
 // Tasks of all rows. Whoever finishes the last task of a row adds up its parts, in their order.
 template <class Kernels, class T, class E>
 void run(const Problem& p, const int32_t* length, int64_t batch) {
-  using Worker = typename Kernels::template Worker<T, E>;
+  using Worker = typename Kernels::template Attend<T, E>;
   const int64_t key_bytes = p.key_heads * (p.k.width + p.v.width) * int64_t(sizeof(E));
   std::vector<Row> rows;
   std::vector<int64_t> row_of_task;
@@ -95,7 +38,7 @@ void run(const Problem& p, const int32_t* length, int64_t batch) {
   const int64_t tasks = row_of_task.size(), queries = p.queries();
   const int64_t sums = queries * Worker::value_width(p.v.width);
   Arena arena(tasks * (Arena::bytes<float>(sums) + 2 * Arena::bytes<float>(queries)));
-  std::vector<typename Kernels::Part> parts(tasks);
+  std::vector<typename Kernels::Sums> parts(tasks);
   for (auto& part : parts)
     part = {arena.take<float>(sums), arena.take<float>(queries), arena.take<float>(queries)};
   std::vector<std::atomic<int64_t>> left(batch);

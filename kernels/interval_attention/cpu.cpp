@@ -8,44 +8,16 @@
 #include "cpu_problem.h"
 #include "simd.h"
 
-#define VLKERN_LANES 8
-namespace vlkern::portable {
-#include "vector.inc"
-// after vector.inc
-#include "cpu_kernel.inc"
-}  // namespace vlkern::portable
-#undef VLKERN_LANES
+#define VLKERN_ROOM attention
+#define VLKERN_ARITHMETIC "../kernels/interval_attention/cpu_kernel.inc"
+// after the two names
+#include "levels.inc"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define VLKERN_LEVELS 1
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define VLKERN_LANES 8
-namespace vlkern::avx2 {
-#include "vector.inc"
-// after vector.inc
-#include "cpu_kernel.inc"
-}  // namespace vlkern::avx2
-#undef VLKERN_LANES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-#define VLKERN_LANES 16
-namespace vlkern::avx512 {
-#include "vector.inc"
-// after vector.inc
-#include "cpu_kernel.inc"
-}  // namespace vlkern::avx512
-#undef VLKERN_LANES
-#pragma GCC pop_options
-
-#ifdef VLKERN_AMX
+#if defined(VLKERN_LEVELS) && defined(VLKERN_AMX)
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16")
 #include "cpu_amx.h"
 #pragma GCC pop_options
-#endif
 #endif
 
 namespace vlkern {
@@ -53,52 +25,14 @@ namespace {
 
 using namespace attention;
 
-struct Portable {
-  static constexpr int64_t kRows = portable::kBlockRows;
-  template <class T>
-  using ForwardWorker = portable::ForwardWorker<T>;
-  template <class T>
-  using BackwardWorker = portable::BackwardWorker<T>;
-};
-
-#ifdef VLKERN_LEVELS
-struct Avx2 {
-  static constexpr int64_t kRows = avx2::kBlockRows;
-  template <class T>
-  using ForwardWorker = avx2::ForwardWorker<T>;
-  template <class T>
-  using BackwardWorker = avx2::BackwardWorker<T>;
-};
-struct Avx512 {
-  static constexpr int64_t kRows = avx512::kBlockRows;
-  template <class T>
-  using ForwardWorker = avx512::ForwardWorker<T>;
-  template <class T>
-  using BackwardWorker = avx512::BackwardWorker<T>;
-};
-#ifdef VLKERN_AMX
-struct Amx {
-  static constexpr int64_t kRows = attention::tiles::kBlockRows;
-  template <class>
-  using ForwardWorker = attention::tiles::ForwardWorker;
-  template <class>
-  using BackwardWorker = attention::tiles::BackwardWorker;
-};
-#endif
-#endif
-
-// Calls f with the kernels of the best instruction set that this CPU has for tensors of T.
+// Calls f.operator()<Kernels>() with those of the best instruction set that this CPU has for tensors of T.
 template <class T, class F>
-void with_kernels(F&& f) {
-#ifdef VLKERN_LEVELS
-#ifdef VLKERN_AMX
+void with_kernels_for(F&& f) {
+#if defined(VLKERN_LEVELS) && defined(VLKERN_AMX)
   if constexpr (std::is_same_v<T, bf16>)
-    if (amx::available()) return f.template operator()<Amx>();
+    if (amx::available()) return f.template operator()<tiles::Kernels>();
 #endif
-  if (__builtin_cpu_supports("x86-64-v4")) return f.template operator()<Avx512>();
-  if (__builtin_cpu_supports("x86-64-v3")) return f.template operator()<Avx2>();
-#endif
-  f.template operator()<Portable>();
+  with_kernels(f);
 }
 
 // The kernels stride over tokens and heads, so that parts of a fused projection are read in place.
@@ -146,7 +80,7 @@ void run_forward(const Forward<T>& c) {
   std::vector<Segment> parts = blocks(segments(c.bounds), Kernels::kRows);
   const int64_t count = parts.size();
   share(count * c.query_heads, [&] {  // neighbours in a head share keys
-    return [&, worker = typename Kernels::template ForwardWorker<T>(c)](int64_t task) mutable {
+    return [&, worker = typename Kernels::template Forward<T>(c)](int64_t task) mutable {
       worker.block(parts[task % count], task / count);
     };
   });
@@ -169,7 +103,7 @@ std::tuple<Tensor, Tensor> interval_attention(const Tensor& q_, const Tensor& k_
       std::fill_n(c.out.at(i, 0), query_heads * v.size(2), T(0.0f));
       std::fill_n(c.lse + i * query_heads, query_heads, -INFINITY);
     }
-    with_kernels<T>([&]<class Kernels>() { run_forward<Kernels>(c); });
+    with_kernels_for<T>([&]<class Kernels>() { run_forward<Kernels>(c); });
   });
   return {out, lse};
 }
@@ -243,7 +177,7 @@ void run_backward(const Backward<T>& c, std::vector<Family> found, Tensor& dk_, 
     return std::pair(base + head * stride + f.lo * d, base + head * stride + keys * d + f.lo * dv);
   };
   share(int64_t(found.size()) * count, [&] {
-    return [&, worker = typename Kernels::template BackwardWorker<T>(c),
+    return [&, worker = typename Kernels::template Backward<T>(c),
             scratch = std::vector<float>()](int64_t task) mutable {
       const Family& f = found[task / count];
       const int64_t head = task % count, length = f.hi - f.lo;
@@ -281,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> interval_attention_backward(
     std::vector<float> delta = mean_slopes<T>(grad, out, grad_lse);
     Backward<T> c{inputs<T>(q, k, v, bounds, scale, softcap), heads<T>(grad), lse.const_data_ptr<float>(),
                   delta.data(), mutable_heads<T>(dq)};
-    with_kernels<T>([&]<class Kernels>() { run_backward<Kernels>(c, found, dk, dv); });
+    with_kernels_for<T>([&]<class Kernels>() { run_backward<Kernels>(c, found, dk, dv); });
   });
   return {dq, dk, dv};
 }

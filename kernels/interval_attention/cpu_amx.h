@@ -334,4 +334,12 @@ class BackwardWorker {
   float *s_, *dp_s_, *rows_;
 };
 
+struct Kernels {
+  static constexpr int64_t kRows = kBlockRows;
+  template <class>
+  using Forward = ForwardWorker;
+  template <class>
+  using Backward = BackwardWorker;
+};
+
 }  // namespace vlkern::attention::tiles

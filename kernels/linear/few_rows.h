@@ -34,15 +34,9 @@ VLKERN_INLINE BothFloats load_both(const bf16* row, int64_t, int64_t j) {
   Words words = *reinterpret_cast<const UnalignedWords*>(row + 2 * j);
   return {__builtin_bit_cast(Floats, words << 16), __builtin_bit_cast(Floats, words & 0xffff0000u)};
 }
-VLKERN_INLINE Floats widen_halves(Words bits) {  // as to_float(fp16)
-  Words magnitude = (bits & 0x7fffu) << 13;
-  Words scaled = __builtin_bit_cast(Words, __builtin_bit_cast(Floats, magnitude) * 0x1p112f);
-  Words special = magnitude >= 0x0f800000u ? Words{} + 0x7f800000u : Words{};
-  return __builtin_bit_cast(Floats, scaled | special | (bits & 0x8000u) << 16);
-}
 VLKERN_INLINE BothFloats load_both(const fp16* row, int64_t, int64_t j) {
   Words words = *reinterpret_cast<const UnalignedWords*>(row + 2 * j);
-  return {widen_halves(words), widen_halves(words >> 16)};
+  return {widen_halves<Floats>(words), widen_halves<Floats>(words >> 16)};
 }
 
 constexpr int kSums = 4;          // of a dot product, as one would wait for each addition before the next

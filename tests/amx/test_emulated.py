@@ -37,13 +37,19 @@ EDITS = [
 ]
 
 
-def build(folder, room):
-    """Compiles a room's cpu.cpp for the emulated tiles, as torch.ops.vlkern_amx."""
-    code = (ROOT / "kernels" / room / "cpu.cpp").read_text()
+def edited(path):
+    code = path.read_text()
     for pattern, replacement in EDITS:
         code = re.sub(pattern, replacement, code)
+    return code
+
+
+def build(folder, room):
+    """Compiles a room's cpu.cpp for the emulated tiles, as torch.ops.vlkern_amx."""
+    code = edited(ROOT / "kernels" / room / "cpu.cpp")
     source, library = folder / f"{room}.cpp", folder / f"{room}.so"
     source.write_text(code)
+    (folder / "levels.inc").write_text(edited(ROOT / "csrc/levels.inc"))  # found before the one in csrc
     sources = [source, *([ROOT / "csrc/cpu/sgemm.cpp"] if "sgemm.h" in code else [])]
     subprocess.run(["g++", *FLAGS, "-I", ROOT / "kernels" / room, *sources, *LIBRARIES, "-o", library], check=True)
     names = torch.library.Library("vlkern_amx", "FRAGMENT")
