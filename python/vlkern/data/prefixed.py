@@ -70,6 +70,7 @@ def pack_examples(pixels: Sequence[torch.Tensor], texts: Sequence[tuple[str, str
     """Pictures [3, H, W] uint8 of one size, and a question and an answer for each.
 
     Example:
+        >>> import torch
         >>> layout = Layout(load_vocabulary("bytes"), image_token=1283, image_count=2)
         >>> batch = pack_examples([torch.zeros(3, 8, 8, dtype=torch.uint8)], [("a", "b")], layout)
         >>> batch.ids.tolist(), batch.until.tolist(), batch.targets.tolist()

@@ -137,7 +137,12 @@ def paligemma_prompt(
             has them in its midst, or a picture cannot be read.
 
     Example:
-        >>> prompt = paligemma_prompt(model.config, vocabulary, "caption en", [image], suffix="a cat")
+        >>> from PIL import Image
+        >>> from vlkern.models.paligemma import PRESETS
+        >>> image, vocabulary = Image.new("RGB", (50, 40)), load_vocabulary("bytes")
+        >>> prompt = paligemma_prompt(PRESETS["paligemma-tiny"], vocabulary, "caption en", [image], suffix="a cat")
+        >>> len(prompt.ids), prompt.prefix, list(prompt.pixels.shape)
+        (84, 77, [1, 3, 64, 64])
     """
     check_tokenizer(vocabulary, model)
     lead = text
@@ -215,8 +220,8 @@ def chat_prompt(
     Raises:
         UserError: as `gemma3_prompt` and `chat_text`.
 
-    Example:
-        >>> prompt = chat_prompt(model.config, vocabulary, [("user", "What is this?")], [image])
+    Example, with the tokenizer that belongs to the model:
+        prompt = chat_prompt(model.config, vocabulary, [("user", "What is this?")], [image])
     """
     if images and turns and not any(_START in text for _, text in turns):
         (who, text), *rest = turns
