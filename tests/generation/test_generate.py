@@ -214,6 +214,7 @@ def test_bfloat16(model):
     ("arguments", "error", "message"),
     [
         ({"prompts": "ab"}, TypeError, "prompts must be a sequence, got one string"),
+        ({"model": torch.nn.ReLU()}, TypeError, "model must be a Gemma, PaliGemma or Gemma3, got ReLU"),
         ({"prompts": ["ab"], "tokenizer": None}, ValueError, "prompts need a tokenizer where they are texts"),
         ({"prompts": [[]]}, ValueError, "prompts must have at least one token"),
         ({"prompts": [[2, 3.0]]}, TypeError, "prompts must be texts, whole numbers or Prompts, got float"),
@@ -233,7 +234,7 @@ def test_bfloat16(model):
 def test_bad_arguments(arguments, error, message, model, monkeypatch):
     monkeypatch.setattr(model, "extend", None)  # nothing is computed
     with pytest.raises(error, match=message):
-        generate(model, **{"tokenizer": WORDS, "max_new_tokens": 12, **arguments})
+        generate(**{"model": model, "tokenizer": WORDS, "max_new_tokens": 12, **arguments})
 
 
 def test_pictures_and_places():

@@ -132,7 +132,8 @@ def generate(
         tokenizer: from `vlkern.data.load_vocabulary`; needed for texts, and to give texts back. Ids that it does not
             have are never chosen.
         images: for each row of text its pictures, as Pillow's images or the contents of files.
-        max_new_tokens: the most tokens of an answer.
+        max_new_tokens: the most tokens of an answer. A row may outgrow the context that its model was trained for
+            (`config.context`): the answer then gets worse, and nothing says so.
         sampler: how a token is chosen; the most likely one by default.
         stop: an answer ends before any of these strings.
         end: tokens that end an answer; by default the tokenizer's end token and, where there is one, `<end_of_turn>`.
@@ -190,6 +191,8 @@ def generate(
 def _check(
     model: Any, prompts: Any, max_new_tokens: Any, prefill_chunk: Any, callback: Any, cache_dtype: torch.dtype | None
 ) -> None:
+    if not hasattr(model, "new_caches"):
+        raise TypeError(f"model must be a Gemma, PaliGemma or Gemma3, got {type(model).__name__}")
     if isinstance(prompts, str):
         raise TypeError("prompts must be a sequence, got one string")
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
