@@ -36,9 +36,13 @@ def _time(row: dict[str, Any]) -> str:
 
 
 def _shape(row: dict[str, Any], op: str) -> str:
-    """Of an op's first argument; a model's row says by its sample what ran."""
+    """Of an op's first argument; the row of a model, or of an op without gradients, says by its sample what ran."""
     shape = " x ".join(map(str, row["shape"]))
-    return shape if op in RACES else f"{row['sample']}, {shape}" + (" (forward)" if row["mode"] == "forward" else "")
+    return (
+        shape
+        if op in RACES and len(RACES[op].share) > 1
+        else f"{row['sample']}, {shape}" + (" (forward)" if row["mode"] == "forward" else "")
+    )
 
 
 def summary(results: list[dict[str, Any]]) -> str:
