@@ -221,6 +221,8 @@ def test_a_partial_run_keeps_the_other_cases() -> None:
         ("gemma3_270m", "bf16", 1),
     ]
     assert both["ceilings"]["matmul_TFLOPs"] == {"fp32": 1.0, "bf16": 1.0}
+    models = [{**result(("tiny token", dtype, 1)), "op": "gemma_decode"} for dtype in ("fp32", "bf16")]
+    assert [row["dtype"] for row in cli.merged(*models)["rows"]] == ["fp32", "bf16"]
     other = result(("gemma3_270m", "fp32", 2), torch_version="3")
     assert cli.merged(other, old) == other
 

@@ -214,7 +214,11 @@ def test_bfloat16(model):
     ("arguments", "error", "message"),
     [
         ({"prompts": "ab"}, TypeError, "prompts must be a sequence, got one string"),
-        ({"model": torch.nn.ReLU()}, TypeError, "model must be a Gemma, PaliGemma or Gemma3, got ReLU"),
+        (
+            {"model": torch.nn.ReLU(), "prompts": ["a"]},
+            TypeError,
+            "model must be a Gemma, PaliGemma or Gemma3, got ReLU",
+        ),
         ({"prompts": ["ab"], "tokenizer": None}, ValueError, "prompts need a tokenizer where they are texts"),
         ({"prompts": [[]]}, ValueError, "prompts must have at least one token"),
         ({"prompts": [[2, 3.0]]}, TypeError, "prompts must be texts, whole numbers or Prompts, got float"),

@@ -11,6 +11,7 @@ import torch
 
 from vlkern.bench import report, runner
 from vlkern.bench.case import DTYPES, samples_of
+from vlkern.bench.rivals import RACES
 
 _RESULTS = Path("bench/results")
 
@@ -42,7 +43,10 @@ def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         return new
     ran = {(row["sample"], row["dtype"]) for row in new["rows"]}
     rows = new["rows"] + [row for row in old["rows"] if (row["sample"], row["dtype"]) not in ran]
-    samples = [sample.name for sample in samples_of(new["op"]).SAMPLES]
+    if new["op"] in RACES:
+        samples = [sample.name for sample in samples_of(new["op"]).SAMPLES]
+    else:  # a race of models, whose samples are named as they come
+        samples = list(dict.fromkeys(row["sample"] for row in old["rows"] + new["rows"]))
     rows.sort(key=lambda row: (samples.index(row["sample"]), list(DTYPES).index(row["dtype"])))
     rates = {**old["ceilings"]["matmul_TFLOPs"], **new["ceilings"]["matmul_TFLOPs"]}
     return {**new, "ceilings": {**new["ceilings"], "matmul_TFLOPs": rates}, "rows": rows}
