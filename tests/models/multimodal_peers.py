@@ -100,3 +100,19 @@ def pair(c: PaliGemmaConfig | Gemma3Config) -> tuple[Any, Any]:
     state = {hub_name(name): p for name, p in their_model.state_dict().items() if name != "lm_head.weight"}
     our_model.load_state_dict(state)
     return our_model.eval(), their_model.eval()
+
+
+def same_gradients(ours: Any, theirs: Any, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Backpropagate random slopes through both logits, and compare every parameter's gradient."""
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    there = {name.split(".", 1)[1].replace("language_model.", ""): p for name, p in theirs.named_parameters()}
+    names = {
+        name.replace("vision_tower.vision_model.", "vision_tower.").replace("language_model.model.", ""): p
+        for name, p in ours.named_parameters()
+    }
+    assert names.keys() <= there.keys()
+    span = max(float(p.grad.abs().max()) for p in names.values())
+    for name, p in names.items():
+        assert float((p.grad - there[name].grad).abs().max()) <= 1e-5 * span, name
