@@ -29,6 +29,7 @@ from vlkern.models import (
     navit,
     navit_files,
     paligemma,
+    picture_files,
     siglip,
     state,
 )
@@ -42,7 +43,7 @@ Config = (
     | paligemma.PaliGemmaConfig
     | gemma3.Gemma3Config
 )
-#: What `save_pretrained` takes.
+#: What `save_pretrained` takes, besides the models of `picture_files`.
 Saved = (
     siglip.Siglip
     | naflex.Naflex
@@ -85,8 +86,8 @@ def load_pretrained(
             that is no square.
 
     Returns:
-        Siglip, Naflex, Navit, NavitClassifier, Gemma, PaliGemma or Gemma3; VisionTower or NaflexVisionTower when the
-        checkpoint holds an image tower alone.
+        Siglip, Naflex, Navit, NavitClassifier, Gemma, PaliGemma or Gemma3, or one that makes pictures (`picture_files`);
+        VisionTower or NaflexVisionTower when the checkpoint holds an image tower alone.
 
     Raises:
         UserError: a ValueError: the checkpoint is missing, cut short, a pickle (which could run code), of another
@@ -147,20 +148,20 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: Saved,
+    model: nn.Module,
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write config.json and model.safetensors, which `load_pretrained` and transformers' `SiglipModel` read, or for a
     NaFlex model its `Siglip2Model`, for a Gemma its `Gemma*ForCausalLM`, for one that sees `*ForConditionalGeneration`;
-    a NaViT is read by `load_pretrained` alone.
+    a NaViT or a model that makes pictures is read by `load_pretrained` alone.
 
     Everything is written under other names first and renamed when it is whole: killed at any moment, the folder holds
     the old model, the new one, or none that can be read; never a mixture. Other files stay.
 
     Args:
-        model: on any device; parameters are written in the dtypes they have.
+        model: what `load_pretrained` gives, on any device; parameters are written in the dtypes they have.
         folder: is made if need be. transformers itself only reads models whose pictures are square.
         max_shard_size: bytes; a larger model becomes several files and an index, named as at Hugging Face.
 
@@ -175,8 +176,10 @@ def save_pretrained(
     """
     from vlkern.interop.transformers import to_json
 
-    if not isinstance(model, Saved):
-        names = ", ".join(kind.__name__ for kind in get_args(Saved))
+    paints = picture_files.is_one(model)
+    if not isinstance(model, Saved) and not paints:
+        kinds = [*get_args(Saved), *(kind for _, kind in picture_files.MODELS.values())]
+        names = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"model must be one of {names}, got {type(model).__name__}")
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size must be a positive integer, got {max_shard_size!r}")
@@ -184,13 +187,15 @@ def save_pretrained(
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("model must have data, got parameters on the meta device")
     shards = _shards(tensors, max_shard_size)
-    if isinstance(model, siglip.Siglip | naflex.Naflex):
+    if paints:
+        config = picture_files.to_json(model)
+    elif isinstance(model, siglip.Siglip | naflex.Naflex):
         config = to_json(model.config, model.logit_scale.dtype)
     elif isinstance(model, gemma.Gemma):
         config = gemma_files.to_json(model.config, model.model.norm.weight.dtype)
     elif isinstance(model, paligemma.PaliGemma | gemma3.Gemma3):
         config = multimodal_files.to_json(model.config, model.language.model.norm.weight.dtype)
-    else:
+    elif isinstance(model, navit.Navit | navit.NavitClassifier):
         config = navit_files.to_json(model)
     folder = Path(folder)
     try:
@@ -258,7 +263,7 @@ def _families() -> tuple[Any, ...]:
     # Here and not above: the adapters are made of this package's configurations.
     from vlkern.interop import gemma_jax, paligemma_jax
 
-    return navit_files, gemma_files, multimodal_files, gemma_jax, paligemma_jax
+    return navit_files, picture_files, gemma_files, multimodal_files, gemma_jax, paligemma_jax
 
 
 def _build(c: Config) -> nn.Module:

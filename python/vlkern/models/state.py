@@ -215,7 +215,8 @@ def collect(
 
     Args:
         checkpoint: where the tensors are.
-        wanted: name -> tensor of the right shape (on the meta device), the state of the model.
+        wanted: name -> tensor of the right shape (on the meta device), the state of the model. Where one has no
+            floating-point type (an index), the file's must be the same.
         sources: one for each name of `wanted`.
         root: tensors whose names do not begin with it (the state of an optimizer) are not the model's.
         dtype: of the result; None takes the file's, and where dtypes are mixed the narrowest that holds them all.
@@ -241,8 +242,10 @@ def collect(
             came = got if got is not None else ", ".join(str(list(part.shape)) for part in parts)
             wrong.append(f"wrong shape {name}: expected {list(target.shape)}, got {came}{origin}")
         for part, tensor in zip(source.names, parts, strict=True):
-            if tensor.dtype not in FLOATS:
+            if target.dtype in FLOATS and tensor.dtype not in FLOATS:
                 wrong.append(f"wrong type {part}: expected floating point, got {tensor.dtype}")
+            elif target.dtype not in FLOATS and tensor.dtype != target.dtype:
+                wrong.append(f"wrong type {part}: expected {target.dtype}, got {tensor.dtype}")
     used = {part for source in sources.values() for part in source.names}
     # Old files of transformers hold the numbers 0, 1, 2, ... beside the position embeddings.
     left = [
@@ -254,12 +257,13 @@ def collect(
         raise UserError(f"{checkpoint.path}: {len(wrong)} tensors do not fit the model: {'; '.join(wrong)}")
 
     if dtype is None:
-        for name in used:
+        for name in (name for name in used if shapes[name].dtype in FLOATS):
             dtype = shapes[name].dtype if dtype is None else torch.promote_types(dtype, shapes[name].dtype)
     state = {}
     for name in sorted(wanted, key=lambda name: sources[name].names):  # layers of one stack follow one another
         parts = [checkpoint.read(part) for part in sources[name].names]
-        state[name] = sources[name].make(*parts).to(dtype).contiguous()
+        kind = dtype if wanted[name].dtype in FLOATS else None  # whole numbers stay what they are
+        state[name] = sources[name].make(*parts).to(kind).contiguous()
     return {name: state[name] for name in wanted}
 
 
