@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vlkern.data.batches import batches
+from vlkern.data.classes import Classes
 from vlkern.data.images import decode_image, to_unit
 from vlkern.data.naflex import NaflexSize, naflex_batches
 from vlkern.data.native import NavitSize, Views, native_batches
@@ -21,6 +22,7 @@ from vlkern.data.vocabulary import BytePieces, Vocabulary, load_vocabulary
 __all__ = [
     "BytePieces",
     "ByteTokenizer",
+    "Classes",
     "DataError",
     "Example",
     "Layout",

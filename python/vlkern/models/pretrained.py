@@ -86,8 +86,8 @@ def load_pretrained(
             that is no square.
 
     Returns:
-        Siglip, Naflex, Navit, NavitClassifier, Gemma, PaliGemma or Gemma3, or one that makes pictures (`picture_files`);
-        VisionTower or NaflexVisionTower when the checkpoint holds an image tower alone.
+        Siglip, Naflex, Navit, NavitClassifier, Gemma, PaliGemma, Gemma3 or a model that makes pictures; VisionTower or
+        NaflexVisionTower when the checkpoint holds an image tower alone.
 
     Raises:
         UserError: a ValueError: the checkpoint is missing, cut short, a pickle (which could run code), of another

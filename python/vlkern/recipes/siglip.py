@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from vlkern import data
-from vlkern._progress import say
 from vlkern.data.augment import change, draw
 from vlkern.models.siglip import Siglip
 from vlkern.recipes import contrastive
 from vlkern.recipes.contrastive import Objective, Recipe
+from vlkern.recipes.reading import announced
 from vlkern.recipes.saving import save
 from vlkern.train.ranks import Ranks
 from vlkern.train.updates import whole
@@ -67,14 +67,7 @@ class SiglipTask:
 
     def batches(self, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """What `stream` gives. Says which samples cannot be read, when it meets them."""
-        # What the index left out is the same on every rank.
-        said = set() if self._ranks.first else set(self._pairs.skipped)
-        for batch in self.stream(start):
-            for line in self._pairs.skipped:
-                if line not in said:
-                    say("left out", line)
-                    said.add(line)
-            yield batch
+        return announced(self.stream(start), self._pairs, self._ranks.first)
 
     def stream(self, start: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """(pixels [b, 3, H, W] uint8, ids [b, L] int64)."""

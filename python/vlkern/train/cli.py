@@ -7,6 +7,8 @@ from vlkern.errors import UserError
 from vlkern.train import options
 from vlkern.train.ranks import join
 
+#: those with two towers, which can be frozen
+_TOWERS = ("siglip", "paligemma", "navit")
 #: recipe -> (module with add_arguments(parser) and train(args, ranks), what it trains)
 RECIPES = {
     "siglip": ("vlkern.train.siglip", "two towers with the sigmoid loss"),
@@ -22,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         recipe = recipes.add_parser(name, help=text, description=f"Train {text}.")
         import_module(module).add_arguments(recipe)
         options.add_learning(recipe)
-        options.add_tuning(recipe)
+        if name in _TOWERS:
+            options.add_tuning(recipe)
         options.add_run(recipe)
 
 

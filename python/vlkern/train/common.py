@@ -1,4 +1,4 @@
-"""What the commands `vlkern train RECIPE` of two-tower models have in common: from options to a run."""
+"""What the commands `vlkern train RECIPE` have in common: from options to a run."""
 
 import argparse
 import itertools
@@ -83,9 +83,9 @@ def settings_of(
     Raises:
         UserError: options contradict each other or the run that is resumed.
     """
-    if args.lit:
+    if getattr(args, "lit", None):
         args.freeze = [*(args.freeze or []), "image"]
-    if args.freeze:
+    if getattr(args, "freeze", None):
         args.freeze = sorted(set(args.freeze))
         if len(args.freeze) == len(TOWERS):
             raise UserError("--freeze: one tower at most, or nothing is left to train")
@@ -99,22 +99,26 @@ def settings_of(
         "freeze": [], "augment": False, "lr": 1e-3 if fresh else 1e-4, "weight_decay": 1e-4, "beta2": 0.95, "clip": 1.0,
         "seed": 0, "layer_decay": 1.0,
     }  # fmt: skip
-    for name, value in defaults.items():
-        settings.settle(name, value)
+    for name in defaults.keys() & set(names):
+        settings.settle(name, defaults[name])
     settings.settle("precision", ranks.agree(lambda: "bf16" if info.fast_bfloat16(ranks.device.type) else "fp32"))
     return settings
 
 
 def open_pairs(
-    args: argparse.Namespace, settings: Settings, image_size: int | tuple[int, int], stored: dict[str, Any] | None
+    args: argparse.Namespace,
+    settings: Settings,
+    image_size: int | tuple[int, int],
+    stored: dict[str, Any] | None,
+    caption_key: str | None = None,
 ) -> data.PairShards:
-    """The pairs; those that a resumed run began with, wherever they lie now.
+    """The pairs, with the texts at `caption_key`; those that a resumed run began with, wherever they lie now.
 
     Raises:
         UserError: they are others, or cannot be read.
     """
     shards = args.data or [Path(path) for path in settings["data"]]
-    pairs = data.PairShards(shards, image_size)
+    pairs = data.PairShards(shards, image_size, caption_key=caption_key)
     if stored and pairs.fingerprint != stored["data"]["fingerprint"]:
         raise UserError(
             "--data: not the pairs that the run began with (names, sizes or numbers of the shards differ); "
@@ -212,7 +216,7 @@ def record(
     tokens: int,
     stored: dict[str, Any] | None,
 ) -> Run:
-    """Write config.json and the tokenizer, with so many ids, of a new run."""
+    """Write config.json and the tokenizer, with so many ids, of a new run. `recipe` is its name."""
     identity = {
         "recipe": recipe,
         "options": settings.values,
@@ -226,7 +230,7 @@ def record(
     hyper = Recipe(
         batch=settings["batch"], rate=settings["lr"], weight_decay=settings["weight_decay"],
         betas=(0.9, settings["beta2"]), clip=settings["clip"], warm_up=settings["warmup"],
-        scalar_rate=1.0 if settings["from_"] else 10.0, layer_decay=settings["layer_decay"],
+        scalar_rate=1.0 if settings["from_"] else 10.0, layer_decay=settings.values.get("layer_decay", 1.0),
     )  # fmt: skip
     return Run(identity, settings, tokenizer, tokens, hyper)
 
