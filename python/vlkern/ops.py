@@ -1,6 +1,8 @@
 """The menu: every public op, one line each."""
 
+from vlkern.kernels.coupling import affine_coupling, affine_coupling_inverse
 from vlkern.kernels.decode_attention import decode_attention
+from vlkern.kernels.fsq import fsq_dequantize, fsq_quantize
 from vlkern.kernels.geglu import geglu
 from vlkern.kernels.interval_attention import interval_attention, interval_attention_lse
 from vlkern.kernels.linear import linear
@@ -11,7 +13,11 @@ from vlkern.kernels.rope_append import rope_append
 from vlkern.kernels.sigmoid_loss import sigmoid_contrastive_loss
 
 __all__ = [
+    "affine_coupling",
+    "affine_coupling_inverse",
     "decode_attention",
+    "fsq_dequantize",
+    "fsq_quantize",
     "geglu",
     "interval_attention",
     "interval_attention_lse",
