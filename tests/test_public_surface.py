@@ -17,10 +17,12 @@ NAMES = {
     "vlkern.ops": [
         "decode_attention",
         "geglu",
+        "gmm_nll",
         "interval_attention",
         "interval_attention_lse",
         "linear",
         "linear_cross_entropy",
+        "linear_gmm_nll",
         "linear_log_probs",
         "norm_rope",
         "rms_norm",

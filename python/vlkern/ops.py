@@ -4,9 +4,12 @@ from vlkern.kernels.coupling import affine_coupling, affine_coupling_inverse
 from vlkern.kernels.decode_attention import decode_attention
 from vlkern.kernels.fsq import fsq_dequantize, fsq_quantize
 from vlkern.kernels.geglu import geglu
+from vlkern.kernels.gmm_nll import gmm_nll
 from vlkern.kernels.interval_attention import interval_attention, interval_attention_lse
 from vlkern.kernels.linear import linear
 from vlkern.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
+from vlkern.kernels.linear_gmm_nll import linear_gmm_nll
+from vlkern.kernels.masked_decode_step import masked_decode_step
 from vlkern.kernels.norm_rope import norm_rope
 from vlkern.kernels.rms_norm import rms_norm
 from vlkern.kernels.rope_append import rope_append
@@ -19,11 +22,14 @@ __all__ = [
     "fsq_dequantize",
     "fsq_quantize",
     "geglu",
+    "gmm_nll",
     "interval_attention",
     "interval_attention_lse",
     "linear",
     "linear_cross_entropy",
+    "linear_gmm_nll",
     "linear_log_probs",
+    "masked_decode_step",
     "norm_rope",
     "rms_norm",
     "rope_append",
