@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vlkern.models import gemma, gemma3, naflex, navit, paligemma, siglip
+from vlkern.models import fsq_autoencoder, gemma, gemma3, naflex, navit, paligemma, siglip, vae
 from vlkern.models.pretrained import load_pretrained, save_pretrained
 
 __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
@@ -19,6 +19,8 @@ _FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
     (gemma.PRESETS, gemma.Gemma),
     (paligemma.PRESETS, paligemma.PaliGemma),
     (gemma3.PRESETS, gemma3.Gemma3),
+    (fsq_autoencoder.PRESETS, fsq_autoencoder.FsqAutoencoder),
+    (vae.PRESETS, vae.Vae),
 )
 
 

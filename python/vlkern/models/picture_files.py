@@ -10,10 +10,13 @@ from torch import nn
 
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import state
+from vlkern.models import fsq_autoencoder, state, vae
 
 #: model_type -> (its configuration, a frozen dataclass, maybe of others; its model, made of the configuration alone)
-MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {}
+MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
+    "fsq": (fsq_autoencoder.FsqConfig, fsq_autoencoder.FsqAutoencoder),
+    "vae": (vae.VaeConfig, vae.Vae),
+}
 #: What `load_pretrained` says of options for other models.
 WHAT = "a model that makes pictures of one size"
 
