@@ -14,7 +14,7 @@ COMMANDS = {
     "demo": ("vlkern.demo.cli", "train a small SigLIP on real pictures and search them"),
     "train": ("vlkern.train.cli", "train a model on image-text pairs, on one process or under torchrun"),
     "eval": ("vlkern.evaluation.cli", "measure a trained model: retrieval, zero-shot classification, languages"),
-    "generate": ("vlkern.generation.cli", "answer a prompt about pictures, or continue a text"),
+    "generate": ("vlkern.generation.cli", "answer a prompt about pictures, continue a text, or make pictures"),
     "search": ("vlkern.search.cli", "find pictures by words"),
     "bench": ("vlkern.bench.cli", "compare every op with its rivals"),
 }

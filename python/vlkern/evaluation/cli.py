@@ -15,6 +15,10 @@ from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import FolderPictures, ShardPictures, open_pictures, require_some
 from vlkern.evaluation.progress import Bar
 from vlkern.evaluation.zeroshot import TEMPLATES, load_classes, load_templates
+from vlkern.painting import evaluation as pictures_command
+
+#: the other kinds of models: modules with add_arguments(parser), run(args) and WHAT they evaluate
+_COMMANDS: dict[str, Any] = {"paligemma": paligemma, "pictures": pictures_command}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--templates", default="clip_best", metavar="T", help=f"{shown}, or a file, one a line (default: clip_best)")
     add("--retrieval", action="store_true", help="retrieval over captions also with --languages or --class-key")
     add("--out", type=Path, metavar="DIR", help="where results.json, results.md and plots go")
-    text = "PaliGemma: classes, boxes and captions of clip art or of your own pictures"
-    paligemma.add_arguments(families.add_parser("paligemma", help=text, description=f"Evaluate {text}."))
+    for name, command in _COMMANDS.items():
+        text = command.WHAT
+        command.add_arguments(families.add_parser(name, help=text, description=f"Evaluate {text}."))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -156,8 +161,8 @@ def _zero_shot(encoder: Encoder, embedded: Embedded, asked: _Asked, templates: S
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate. Raises UserError for everything that the user can mend."""
-    if args.family == "paligemma":
-        return paligemma.run(args)
+    if args.family in _COMMANDS:
+        return _COMMANDS[args.family].run(args)
     _check(args)
     encoder = encoder_of(args)
     key = args.caption_key if args.retrieval else args.names_key if args.languages else args.class_key

@@ -20,6 +20,8 @@ from vlkern.evaluation.progress import Bar
 from vlkern.evaluation.tables import Table, cut, percent
 from vlkern.models.paligemma import PaliGemma
 
+WHAT = "PaliGemma: classes, boxes and captions of clip art or of your own pictures"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model and data."""

@@ -25,6 +25,7 @@ from vlkern.generation.untrained import numbers_of, random_model
 from vlkern.models.gemma import Gemma
 from vlkern.models.gemma3 import Gemma3
 from vlkern.models.multimodal import Multimodal
+from vlkern.painting import command as painting
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CACHES = {"int8": torch.int8}
@@ -63,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--draw", type=Path, metavar="FILE", help="write the picture with the answer's boxes (.png)")
     answer.add_argument("--masks", type=Path, metavar="FILE", help="for --draw: the VQ-VAE of <seg> tokens")
     choice = parser.add_argument_group("sampling (without any of these always the most likely token)")
-    choice.add_argument("--temperature", type=_real, metavar="T", help="divides the logits (1)")
+    choice.add_argument(
+        "--temperature", type=_real, metavar="T", help="divides the logits (1); of pictures: multiplies the noise"
+    )
     choice.add_argument("--top-k", type=whole, metavar="K", help="only the K most likely tokens")
     choice.add_argument(
         "--top-p", type=_real, metavar="P", help="only the most likely ones with probability P together"
@@ -73,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repetition-penalty", type=_real, default=1.0, metavar="X", help="divides the logits of what was said (1)"
     )
     choice.add_argument("--seed", type=int, metavar="N", help="the same answer each time")
+    painting.add_arguments(parser, _real)
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (a GPU if there is one)")
     machine.add_argument("--dtype", choices=_DTYPES, help="of the model (that of its files; random: bfloat16)")
@@ -200,6 +204,9 @@ def _speed(tokens: int, seconds: float) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Generate. Raises UserError for everything that the user can mend."""
+    if args.model is not None and painting.makes_pictures(args.model):
+        return painting.run(args)
+    painting.refuse_options(args)
     sampler = _check(args)
     images = [_read(path) for path in args.image]
     vae = _vae(args.masks)
