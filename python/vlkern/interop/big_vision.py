@@ -50,48 +50,51 @@ def _grid(table: torch.Tensor) -> torch.Tensor:
     return table.flatten(0, 1)
 
 
-def _linear(ours: str, theirs: str, layout: Layout = _dense, bias: Layout = _same) -> Table:
+def linear(ours: str, theirs: str, layout: Layout = _dense, bias: Layout = _same) -> Table:
+    """A dense layer."""
     return {f"{ours}.weight": (f"{theirs}/kernel", layout), f"{ours}.bias": (f"{theirs}/bias", bias)}
 
 
-def _norm(ours: str, theirs: str) -> Table:
+def norm(ours: str, theirs: str) -> Table:
+    """A LayerNorm."""
     return {f"{ours}.weight": (f"{theirs}/scale", _same), f"{ours}.bias": (f"{theirs}/bias", _same)}
 
 
 _ATTENTION = "MultiHeadDotProductAttention_0"
-_BLOCK: Table = {
-    **_norm("layer_norm1", "LayerNorm_0"),
-    **_linear("self_attn.q_proj", f"{_ATTENTION}/query", _heads, _flat),
-    **_linear("self_attn.k_proj", f"{_ATTENTION}/key", _heads, _flat),
-    **_linear("self_attn.v_proj", f"{_ATTENTION}/value", _heads, _flat),
-    **_linear("self_attn.out_proj", f"{_ATTENTION}/out", _output),
-    **_norm("layer_norm2", "LayerNorm_1"),
-    **_linear("mlp.fc1", "MlpBlock_0/Dense_0"),
-    **_linear("mlp.fc2", "MlpBlock_0/Dense_1"),
+#: A pre-LN transformer block.
+BLOCK: Table = {
+    **norm("layer_norm1", "LayerNorm_0"),
+    **linear("self_attn.q_proj", f"{_ATTENTION}/query", _heads, _flat),
+    **linear("self_attn.k_proj", f"{_ATTENTION}/key", _heads, _flat),
+    **linear("self_attn.v_proj", f"{_ATTENTION}/value", _heads, _flat),
+    **linear("self_attn.out_proj", f"{_ATTENTION}/out", _output),
+    **norm("layer_norm2", "LayerNorm_1"),
+    **linear("mlp.fc1", "MlpBlock_0/Dense_0"),
+    **linear("mlp.fc2", "MlpBlock_0/Dense_1"),
 }
 _IMAGE: Table = {
-    **_linear("embeddings.patch_embedding", "embedding", _convolution),
+    **linear("embeddings.patch_embedding", "embedding", _convolution),
     "embeddings.position_embedding.weight": ("pos_embedding", _rows),
-    **_norm("post_layernorm", "Transformer/encoder_norm"),
+    **norm("post_layernorm", "Transformer/encoder_norm"),
 }
 #: Patches come as rows of numbers already, in the order that the kernel has; positions are a grid.
 _NAFLEX_IMAGE: Table = {
     **_IMAGE,
-    **_linear("embeddings.patch_embedding", "embedding"),
+    **linear("embeddings.patch_embedding", "embedding"),
     "embeddings.position_embedding.weight": ("pos_embedding", _grid),
 }
 _TEXT: Table = {
     "embeddings.token_embedding.weight": ("Embed_0/embedding", _same),
     "embeddings.position_embedding.weight": ("pos_embedding", _rows),
-    **_norm("final_layer_norm", "Encoder_0/encoder_norm"),
-    **_linear("head", "head"),
+    **norm("final_layer_norm", "Encoder_0/encoder_norm"),
+    **linear("head", "head"),
 }
 _MAP: Table = {
     "probe": ("MAPHead_0/probe", _same),
-    **_linear("attention.out_proj", f"MAPHead_0/{_ATTENTION}/out", _output),
-    **_norm("layernorm", "MAPHead_0/LayerNorm_0"),
-    **_linear("mlp.fc1", "MAPHead_0/MlpBlock_0/Dense_0"),
-    **_linear("mlp.fc2", "MAPHead_0/MlpBlock_0/Dense_1"),
+    **linear("attention.out_proj", f"MAPHead_0/{_ATTENTION}/out", _output),
+    **norm("layernorm", "MAPHead_0/LayerNorm_0"),
+    **linear("mlp.fc1", "MAPHead_0/MlpBlock_0/Dense_0"),
+    **linear("mlp.fc2", "MAPHead_0/MlpBlock_0/Dense_1"),
 }
 _IMAGE_ROOT, _TEXT_ROOT = "img/", "txt/"
 
@@ -188,7 +191,7 @@ def _blocks(root: str, depth: int, stacked: bool) -> dict[str, Source]:
     return {
         f"encoder.layers.{i}.{ours}": Source((f"{root}/{folder.format(i)}/{theirs}",), layer(layout, i))
         for i in range(depth)
-        for ours, (theirs, layout) in _BLOCK.items()
+        for ours, (theirs, layout) in BLOCK.items()
     }
 
 
@@ -212,9 +215,9 @@ def vision_config(checkpoint: Checkpoint, root: str) -> VisionConfig:
 
 
 def _naflex_vision_config(checkpoint: Checkpoint, root: str) -> NaflexVisionConfig:
-    linear, positions = need(checkpoint, {f"{root}embedding/kernel": 2, f"{root}pos_embedding": 3})
+    kernel, positions = need(checkpoint, {f"{root}embedding/kernel": 2, f"{root}pos_embedding": 3})
     depth, heads, mlp = _block_sizes(checkpoint, f"{root}Transformer")
-    return NaflexVisionConfig(linear[1], depth, heads, mlp, patch=patch_side(checkpoint, linear[0]), side=positions[0])
+    return NaflexVisionConfig(kernel[1], depth, heads, mlp, patch=patch_side(checkpoint, kernel[0]), side=positions[0])
 
 
 def _text_config(checkpoint: Checkpoint, root: str) -> TextConfig:
