@@ -5,6 +5,7 @@ from vlkern.kernels.decode_attention import decode_attention
 from vlkern.kernels.fsq import fsq_dequantize, fsq_quantize
 from vlkern.kernels.geglu import geglu
 from vlkern.kernels.gmm_nll import gmm_nll
+from vlkern.kernels.gmm_sample import gmm_guided_sample, gmm_sample
 from vlkern.kernels.interval_attention import interval_attention, interval_attention_lse
 from vlkern.kernels.linear import linear
 from vlkern.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
@@ -22,7 +23,9 @@ __all__ = [
     "fsq_dequantize",
     "fsq_quantize",
     "geglu",
+    "gmm_guided_sample",
     "gmm_nll",
+    "gmm_sample",
     "interval_attention",
     "interval_attention_lse",
     "linear",
