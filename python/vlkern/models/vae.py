@@ -77,7 +77,7 @@ class VaeConfig:
 
 #: The autoencoders of the paper, and one that trains on two cores.
 PRESETS = {
-    "vae-tiny": VaeConfig(4, 32, network=ConvConfig(filters=24, multipliers=(1, 2, 2), blocks=1, groups=8)),
+    "vae-tiny": VaeConfig(4, 32, network=ConvConfig(filters=16, multipliers=(1, 2, 4), blocks=1, groups=8)),
     "givt-vae-256": VaeConfig(16, 256),
     "givt-vae-512": VaeConfig(16, 512),
     "givt-vae-512-shuffled": VaeConfig(16, 512, shuffle=(1, 2)),

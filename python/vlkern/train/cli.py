@@ -14,6 +14,8 @@ RECIPES = {
     "siglip": ("vlkern.train.siglip", "two towers with the sigmoid loss"),
     "paligemma": ("vlkern.train.paligemma", "PaliGemma on captions, classes and boxes"),
     "navit": ("vlkern.train.navit", "NaViT with the sigmoid loss, on pictures at their own aspect ratio"),
+    "fsq": ("vlkern.train.fsq", "an autoencoder with finite scalar quantization"),
+    "vae": ("vlkern.train.vae", "a beta-VAE, the autoencoder of GIVT"),
 }
 
 
