@@ -198,3 +198,6 @@ def test_what_does_not_fit(folder, picture, tmp_path, capfd):
     models.save_pretrained(PaliGemma(PRESETS["paligemma-tiny"]), bare)
     assert "no tokenizer there" in (said := fails(capfd, "--model", bare, "--prompt", "a"))
     assert said.endswith("give one with --tokenizer\n")
+    assert f"--tokenizer: {tmp_path / 'no'}" in fails(
+        capfd, "--model", bare, "--prompt", "a", "--tokenizer", tmp_path / "no"
+    )

@@ -137,7 +137,9 @@ def _vocabulary(args: argparse.Namespace, model: Any) -> data.Vocabulary:
     try:
         vocabulary = data.load_vocabulary(args.tokenizer or args.model)
     except data.DataError as error:
-        raise UserError(f"{error}; give one with --tokenizer" if args.tokenizer is None else str(error)) from error
+        raise UserError(
+            f"{error}; give one with --tokenizer" if args.tokenizer is None else f"--tokenizer: {error}"
+        ) from error
     if isinstance(model, Multimodal):
         check_tokenizer(vocabulary, model.config)
     elif args.model is not None and abs(vocabulary.size - model.config.vocabulary) >= SPARE:
