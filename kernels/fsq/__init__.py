@@ -32,7 +32,7 @@ _op = Op(
         "fsq_dequantize": "(Tensor codes, Tensor indices, int[] levels) -> Tensor",
     },
     reference=reference,
-    backends=(),
+    backends=("cpu",),
     bind=_bind,
     work=samples.work,
 )
