@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vlkern.models import fsq_autoencoder, gemma, gemma3, naflex, navit, paligemma, siglip, vae
+from vlkern.models import fsq_autoencoder, gemma, gemma3, givt, jet, jetformer, naflex, navit, paligemma, siglip, vae
 from vlkern.models.pretrained import load_pretrained, save_pretrained
 
 __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
@@ -19,7 +19,10 @@ _FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
     (gemma.PRESETS, gemma.Gemma),
     (paligemma.PRESETS, paligemma.PaliGemma),
     (gemma3.PRESETS, gemma3.Gemma3),
+    (givt.PRESETS, givt.Givt),
     (fsq_autoencoder.PRESETS, fsq_autoencoder.FsqAutoencoder),
+    (jet.PRESETS, jet.Jet),
+    (jetformer.PRESETS, jetformer.JetFormer),
     (vae.PRESETS, vae.Vae),
 )
 

@@ -10,11 +10,14 @@ from torch import nn
 
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import fsq_autoencoder, state, vae
+from vlkern.models import fsq_autoencoder, givt, jet, jetformer, state, vae
 
 #: model_type -> (its configuration, a frozen dataclass, maybe of others; its model, made of the configuration alone)
 MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
     "fsq": (fsq_autoencoder.FsqConfig, fsq_autoencoder.FsqAutoencoder),
+    "givt": (givt.GivtConfig, givt.Givt),
+    "jet": (jet.JetConfig, jet.Jet),
+    "jetformer": (jetformer.JetFormerConfig, jetformer.JetFormer),
     "vae": (vae.VaeConfig, vae.Vae),
 }
 #: What `load_pretrained` says of options for other models.

@@ -24,6 +24,8 @@ from vlkern.models import (
     gemma,
     gemma3,
     gemma_files,
+    givt,
+    jet,
     multimodal_files,
     naflex,
     navit,
@@ -42,6 +44,8 @@ Config = (
     | gemma.GemmaConfig
     | paligemma.PaliGemmaConfig
     | gemma3.Gemma3Config
+    | jet.JetConfig
+    | givt.GivtConfig
 )
 #: What `save_pretrained` takes, besides the models of `picture_files`.
 Saved = (
@@ -261,9 +265,19 @@ def _json(content: Mapping[str, Any]) -> str:
 def _families() -> tuple[Any, ...]:
     """Modules that tell their checkpoints by config.json or the names of tensors, and load them."""
     # Here and not above: the adapters are made of this package's configurations.
-    from vlkern.interop import gemma_jax, paligemma_jax
+    from vlkern.interop import gemma_jax, givt_jax, jet_jax, jetformer_jax, paligemma_jax
 
-    return navit_files, picture_files, gemma_files, multimodal_files, gemma_jax, paligemma_jax
+    return (
+        navit_files,
+        picture_files,
+        gemma_files,
+        multimodal_files,
+        gemma_jax,
+        givt_jax,
+        jet_jax,
+        jetformer_jax,
+        paligemma_jax,
+    )
 
 
 def _build(c: Config) -> nn.Module:
