@@ -379,7 +379,7 @@ class Gemma(nn.Module):
             >>> chunk = caches.chunk(torch.tensor([0, 3], dtype=torch.int32))
             >>> hidden = model.extend(model.embed(torch.tensor([2, 17, 5])), chunk, caches)
         """
-        c, like = self.config, self.model.norm.weight
+        c, like = self.config, self.model.embed_tokens.weight
         dtype = like.dtype if dtype is None else dtype
 
         def layer(window: int | None) -> LinearCache | RingCache:
