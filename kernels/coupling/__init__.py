@@ -72,7 +72,7 @@ _op = Op(
         "affine_coupling_inverse": f"(Tensor y, {_MAP}",
     },
     reference=reference,
-    backends=(),
+    backends=("cpu",),
     bind=_bind,
     work=samples.work,
 )

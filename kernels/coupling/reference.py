@@ -10,6 +10,11 @@ def _wide(t: torch.Tensor) -> torch.Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def _scale(raw: torch.Tensor, max_scale: float) -> torch.Tensor:
+    """A scale below e^-87 would be none that float32 can undo."""
+    return max_scale * torch.sigmoid(raw.clamp(min=-87.0))
+
+
 def part(x: torch.Tensor, tokens: torch.Tensor | None, channels: torch.Tensor | None) -> torch.Tensor:
     """x[:, tokens][:, :, channels], None = all."""
     if tokens is not None:
@@ -43,7 +48,7 @@ def affine_coupling(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [B, N, K], shift and raw [B, n, k] -> y [B, N, K] in x's dtype, logdet [B] in float32 (float64 for float64)."""
     wide = _wide(raw)
-    y2 = (_wide(part(x, tokens, channels)) + _wide(shift)) * (max_scale * torch.sigmoid(wide))
+    y2 = (_wide(part(x, tokens, channels)) + _wide(shift)) * _scale(wide, max_scale)
     return with_part(x, tokens, channels, y2.to(x.dtype)), _sum(F.logsigmoid(wide) + math.log(max_scale))
 
 
@@ -55,9 +60,9 @@ def affine_coupling_inverse(
     channels: torch.Tensor | None,
     max_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The x of affine_coupling, and minus its logdet. A scale below e^-87 is none that float32 could undo."""
+    """The x of affine_coupling, and minus its logdet."""
     wide = _wide(raw)
-    x2 = _wide(part(y, tokens, channels)) / (max_scale * torch.sigmoid(wide.clamp(min=-87.0))) - _wide(shift)
+    x2 = _wide(part(y, tokens, channels)) / _scale(wide, max_scale) - _wide(shift)
     return with_part(y, tokens, channels, x2.to(y.dtype)), -_sum(F.logsigmoid(wide) + math.log(max_scale))
 
 
@@ -66,7 +71,7 @@ def affine_coupling_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of sum(y * grad) + sum(logdet * grad_logdet) where all of x changes: dx = dshift, draw [B, ...]."""
     g, wide = _wide(grad), _wide(raw)
-    dx = g * (max_scale * torch.sigmoid(wide))
+    dx = g * _scale(wide, max_scale)
     of_logdet = _wide(grad_logdet).view(-1, *[1] * (raw.dim() - 1))
     draw = (g * _wide(y) + of_logdet) * torch.sigmoid(-wide)
     return dx.to(grad.dtype).contiguous(), draw.to(raw.dtype).contiguous()
