@@ -257,6 +257,10 @@ class Jet(nn.Module):
         self.config = config
         self.couplings = nn.ModuleList(Coupling(config, config.kind(i)) for i in range(config.depth))
 
+    def blocks(self) -> list[nn.Module]:
+        """The parts whose parameters FSDP gathers one after the other: couplings."""
+        return list(self.couplings)
+
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pictures [B, C, S, S] -> [B, N, K].
 

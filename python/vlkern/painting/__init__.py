@@ -13,7 +13,9 @@ from vlkern.painting.base import Measures, Options, Pictures
 __all__ = ["Measures", "Options", "Pictures", "painter_of"]
 
 #: class of a model -> module of its painter
-_PAINTERS: dict[str, str] = {}
+_PAINTERS: dict[str, str] = {
+    "Jet": "vlkern.painting.jet",
+}
 
 
 class Painter(Protocol):

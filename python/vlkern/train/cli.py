@@ -16,6 +16,7 @@ RECIPES = {
     "navit": ("vlkern.train.navit", "NaViT with the sigmoid loss, on pictures at their own aspect ratio"),
     "fsq": ("vlkern.train.fsq", "an autoencoder with finite scalar quantization"),
     "vae": ("vlkern.train.vae", "a beta-VAE, the autoencoder of GIVT"),
+    "jet": ("vlkern.train.jet", "a Jet, a normalizing flow of pictures"),
 }
 
 
