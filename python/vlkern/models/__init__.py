@@ -6,7 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from vlkern.models import fsq_autoencoder, gemma, gemma3, givt, jet, jetformer, naflex, navit, paligemma, siglip, vae
+from vlkern.models import (
+    fsq_autoencoder,
+    gemma,
+    gemma3,
+    givt,
+    jet,
+    jetformer,
+    naflex,
+    navit,
+    paligemma,
+    siglip,
+    vae,
+    vit_vae,
+)
 from vlkern.models.pretrained import load_pretrained, save_pretrained
 
 __all__ = ["create", "list_models", "load_pretrained", "save_pretrained"]
@@ -24,6 +37,7 @@ _FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
     (jet.PRESETS, jet.Jet),
     (jetformer.PRESETS, jetformer.JetFormer),
     (vae.PRESETS, vae.Vae),
+    (vit_vae.PRESETS, vit_vae.VitVae),
 )
 
 

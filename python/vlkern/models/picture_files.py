@@ -10,7 +10,7 @@ from torch import nn
 
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import fsq_autoencoder, givt, jet, jetformer, state, vae
+from vlkern.models import fsq_autoencoder, givt, jet, jetformer, state, vae, vit_vae
 
 #: model_type -> (its configuration, a frozen dataclass, maybe of others; its model, made of the configuration alone)
 MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
@@ -19,6 +19,7 @@ MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
     "jet": (jet.JetConfig, jet.Jet),
     "jetformer": (jetformer.JetFormerConfig, jetformer.JetFormer),
     "vae": (vae.VaeConfig, vae.Vae),
+    "vit_vae": (vit_vae.VitVaeConfig, vit_vae.VitVae),
 }
 #: What `load_pretrained` says of options for other models.
 WHAT = "a model that makes pictures of one size"

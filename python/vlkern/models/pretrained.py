@@ -34,6 +34,8 @@ from vlkern.models import (
     picture_files,
     siglip,
     state,
+    vae,
+    vit_vae,
 )
 
 Config = (
@@ -46,6 +48,8 @@ Config = (
     | gemma3.Gemma3Config
     | jet.JetConfig
     | givt.GivtConfig
+    | vae.VaeConfig
+    | vit_vae.VitVaeConfig
 )
 #: What `save_pretrained` takes, besides the models of `picture_files`.
 Saved = (
@@ -265,7 +269,7 @@ def _json(content: Mapping[str, Any]) -> str:
 def _families() -> tuple[Any, ...]:
     """Modules that tell their checkpoints by config.json or the names of tensors, and load them."""
     # Here and not above: the adapters are made of this package's configurations.
-    from vlkern.interop import gemma_jax, givt_jax, jet_jax, jetformer_jax, paligemma_jax
+    from vlkern.interop import gemma_jax, givt_jax, givt_vae_jax, jet_jax, jetformer_jax, paligemma_jax
 
     return (
         navit_files,
@@ -274,6 +278,7 @@ def _families() -> tuple[Any, ...]:
         multimodal_files,
         gemma_jax,
         givt_jax,
+        givt_vae_jax,
         jet_jax,
         jetformer_jax,
         paligemma_jax,

@@ -1,9 +1,13 @@
 """The beta-VAE as the training loop sees it: reconstructions of noisy latents, and what the latents tell."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vlkern.models.vae import Vae, kl_divergence
+from vlkern.models.vit_vae import Labels
 from vlkern.recipes.autoencoders import AutoencoderTask, psnr
 from vlkern.recipes.pictures import Chance
 
@@ -11,6 +15,26 @@ from vlkern.recipes.pictures import Chance
 def picture_loss(pixels: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     """1/2 |pixels - reconstruction|^2 of each picture, summed over its numbers: [B, ...] -> [B]."""
     return 0.5 * (reconstruction.float() - pixels).square().flatten(1).sum(1)
+
+
+def label_loss(maps: torch.Tensor, logits: Mapping[str, torch.Tensor], labels: Sequence[Labels]) -> torch.Tensor:
+    """The cross entropy of label maps in nats, the mean over a map's labels above 0, summed over the maps.
+
+    Args:
+        maps: [B, channels, H, W] integers.
+        logits: {name: [B, classes, H, W]}, as `VitVae.decode` gives them.
+        labels: `VitVaeConfig.labels`.
+
+    Returns:
+        [B] float32. A label that is no class has part neither in the sum nor in the count.
+    """
+    loss = torch.zeros(len(maps), device=maps.device)
+    for one in labels:
+        target = maps[:, one.channel].long()
+        target = target.where((target > 0) & (target < one.classes), -1)
+        sums = F.cross_entropy(logits[one.name].float(), target, ignore_index=-1, reduction="none").flatten(1).sum(1)
+        loss = loss + sums / (target > 0).flatten(1).sum(1).clamp(min=1)
+    return loss
 
 
 class Objective(nn.Module):
