@@ -61,7 +61,7 @@ def load(
         presets: list[Any] = list((vae.PRESETS if conv else vit_vae.PRESETS).values())
         config = next((preset for preset in presets if _fits(checkpoint, preset, root)), None)
         if config is None:
-            raise UserError(f"{checkpoint.path} holds {WHAT} with the shapes of no preset: pass config={kind.__name__}")
+            raise UserError(f"{checkpoint.path} holds {WHAT}, but no preset has its shapes: pass a {kind.__name__}")
     if not isinstance(config, kind):
         raise UserError(
             f"{checkpoint.path} holds {WHAT}: config must be a {kind.__name__}, got {type(config).__name__}"

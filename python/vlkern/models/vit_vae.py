@@ -1,7 +1,7 @@
 """The beta-VAE of transformers, which GIVT trains for the dense tasks of UViM: label maps (or pictures) to latents.
 
-    planes [B, C, H, W] -> P x P patches, linear + positions -> transformer -> N tokens mixed to L -> linear -> mean, logvar
-    z [B, L, d] -> linear -> L tokens mixed to N + positions -> transformer -> linear -> patches of every output
+    planes [B, C, H, W] -> P x P patches, linear + positions -> transformer -> N tokens to L, linear -> mean, logvar
+    z [B, L, d] -> linear, L tokens to N + positions -> transformer -> linear -> patches of every output
 
 A plane is a colour, or one class of a label map as zeros and ones. `N to L` is a learned matrix [N, L], or an
 antialiased linear resize of the grid to a square of side sqrt(L); the way back likewise.
