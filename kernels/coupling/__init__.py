@@ -72,7 +72,7 @@ _op = Op(
         "affine_coupling_inverse": f"(Tensor y, {_MAP}",
     },
     reference=reference,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
 )
