@@ -15,9 +15,13 @@ from vlkern._op import REGISTRY
 NAMES = {
     "vlkern": ["__version__", "backend", "explain", "ops", "validate"],
     "vlkern.ops": [
+        "affine_coupling",
+        "affine_coupling_inverse",
         "decode_attention",
         "geglu",
+        "gmm_guided_sample",
         "gmm_nll",
+        "gmm_sample",
         "interval_attention",
         "interval_attention_lse",
         "linear",
