@@ -14,7 +14,11 @@ __all__ = ["Measures", "Options", "Pictures", "painter_of"]
 
 #: class of a model -> module of its painter
 _PAINTERS: dict[str, str] = {
+    "Givt": "vlkern.painting.givt",
+    "FsqAutoencoder": "vlkern.painting.fsq",
     "Jet": "vlkern.painting.jet",
+    "JetFormer": "vlkern.painting.jetformer",
+    "Vae": "vlkern.painting.vae",
 }
 
 
