@@ -75,7 +75,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def both(labels: torch.Tensor | int, device: torch.device) -> tuple[torch.Tensor | int, torch.Tensor]:
-    """Labels [B], or the number of examples, twice: the same with `drop` [2 B], which hides those of the second half."""
+    """Labels [B], or the number of examples, twice, and `drop` [2 B], which hides those of the second half."""
     batch = labels if isinstance(labels, int) else len(labels)
     drop = torch.arange(2 * batch, device=device) >= batch
     return (2 * labels if isinstance(labels, int) else labels.repeat(2)), drop

@@ -78,7 +78,7 @@ class Step(NamedTuple):
     tokens    [B, L, d] after it; zero where they are hidden
     hidden    [B, L] bool, after it
     params    [B, L, P] that it drew from
-    log_prob  [B, L] of what it drew there, also where the token was known before
+    log_prob  [B, L] of the tokens: of those that it drew, and of those that were known before
     """
 
     tokens: torch.Tensor
@@ -147,15 +147,14 @@ def steps(
             twice = (tokens.repeat(2, 1, 1), hidden.repeat(2, 1)) if guided else (tokens, hidden)
             params = model(twice[0], given, mask=twice[1], drop=drop)
             conditional, unconditional = params.chunk(2) if guided else (params, None)
-            z = drawn(conditional, unconditional)
+            z = torch.where(hidden[..., None], drawn(conditional, unconditional), tokens)
             found = log_prob(conditional, z)
             if unconditional is not None:
                 found = (1 + sampler.guidance) * found - sampler.guidance * log_prob(unconditional, z)
             tau = choice_temperature * (1 - ratio if annealed else 1.0)
             score = (found + tau * (noise() if gumbel is None else gumbel())).masked_fill(~hidden, math.inf)
             again = least_confident(score, hidden_again(hidden.sum(1), c.length, ratio, schedule))
-            tokens = torch.where(hidden[..., None], z, tokens).masked_fill(again[..., None], 0)
-            hidden = again
+            tokens, hidden = z.masked_fill(again[..., None], 0), again
         yield Step(tokens, hidden, conditional, found)
 
 
