@@ -20,7 +20,7 @@ Source: Tschannen et al., JetFormer: An Autoregressive Generative Model of Raw I
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -150,18 +150,23 @@ def _paper(depth: int, width: int, block_depth: int, classes: bool) -> JetFormer
     )  # fmt: skip
 
 
-#: The models of the paper at 256 px: for ImageNet's classes, and for texts; and two for pictures of 32 px.
+# Pictures of 32 px, two cores: the flow works on principal components, so that the numbers that the decoder models are
+# the important ones from the first step on.
+_TINY = JetFormerConfig(
+    JetConfig(8, 1, 48, depth=8, block_depth=1, width=64, heads=4, kinds=("channels",)),
+    4, 16, 32, width=128, depth=4, heads=4, head_dim=32, mlp=512, vocabulary=1024 + SPECIAL, text_length=16,
+    pca=PatchPcaConfig((4, 4), 48, whiten=False, noise_std=0.0),
+)  # fmt: skip
+#: The models of the paper at 256 px: for ImageNet's classes, and for texts; and for captions or classes of 32 px.
 PRESETS = {
-    "jetformer-tiny": JetFormerConfig(
-        JetConfig(8, 1, 48, depth=8, block_depth=1, width=96, heads=4, kinds=("channels",)),
-        4, 16, 32, width=192, depth=5, heads=6, head_dim=32, mlp=768, vocabulary=1024 + SPECIAL, text_length=16,
-    ),
+    "jetformer-tiny": _TINY,
+    "jetformer-tiny-classes": replace(_TINY, text_length=1, repeats=4, vocabulary=64 + SPECIAL, tied=True),
     **{
         f"jetformer-{size}{suffix}": _paper(depth, width, block_depth, classes)
         for size, depth, width, block_depth in (("350m", 24, 1024, 4), ("750m", 24, 1536, 5), ("1.3b", 48, 1536, 6))
         for suffix, classes in (("-imagenet256", True), ("-text256", False))
     },
-}  # fmt: skip
+}
 
 
 class Layout(NamedTuple):
