@@ -24,7 +24,7 @@ SAMPLES = [
     Sample("one", (1, 1)),
     Sample("below_a_vector", (3, 1, 5)),
     Sample("above_a_vector", (2, 1, 33), strided=True),
-    Sample("above_a_piece", (2, 33, 130)),
+    Sample("above_a_tile", (2, 33, 130)),
     Sample("channels", (2, 5, 12), channels=True, strided=True),
     Sample("more_channels", (3, 9, 40), channels=True, strided=True),
     Sample("tokens", (2, 9, 7), tokens=True),

@@ -23,13 +23,10 @@ def _not_negative(name: str, value: Any) -> float:
 def _noise(value: Any, like: torch.Tensor, shapes: dict[str, tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
     if not isinstance(value, tuple) or len(value) != len(shapes):
         raise TypeError(f"noise must be a tuple ({', '.join(shapes)}) or None, got {type(value).__name__}")
-    dtype = torch.promote_types(like.dtype, torch.float32)
     for t, (name, shape) in zip(value, shapes.items(), strict=True):
         _checks.shape(f"noise: {name}", _checks.floating(f"noise: {name}", t), shape)
-        if t.dtype != dtype:
-            raise TypeError(f"noise: {name} must be {dtype} for params in {like.dtype}, got {t.dtype}")
         _checks.on_device(f"noise: {name}", t, "params", like)
-    return value
+    return tuple(t.to(torch.promote_types(like.dtype, torch.float32)) for t in value)
 
 
 def _normal(shape: tuple[int, ...], truncation: float | None, **like: Any) -> torch.Tensor:
@@ -90,7 +87,7 @@ _op = Op(
         f" int dims, bool joint, float guidance, {_SCALING}) -> Tensor",
     },
     reference=reference,
-    backends=(),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
     differentiable=False,
@@ -128,14 +125,14 @@ def gmm_sample(
         truncation: eps is drawn from the normal distribution between -truncation and truncation; > 0. None: all of it.
         min_scale: the smallest scale, before the temperature; > 0.
         noise: instead of drawing them, uniform numbers in [0, 1) ([...], or [..., d] for "per_channel") and standard
-            normal ones [..., d], in float32 (float64 for float64).
+            normal ones [..., d].
         generator: that the noise is drawn from, on the device of params; None: PyTorch's own.
 
     Returns:
         z [..., d] in float32 (float64 for float64), whatever the dtype of params. It has no gradients.
 
     Raises:
-        TypeError: params is not a floating-point tensor; another argument has a wrong type; noise a wrong dtype.
+        TypeError: params is not a floating-point tensor; another argument has a wrong type.
         ValueError: P is none of a mixture of `dims` dimensions, there is no such layout, a number is out of range,
             noise has a wrong shape or device or comes with truncation or a generator, params requires a gradient.
 

@@ -24,7 +24,7 @@ SAMPLES = [
     Sample("one", (1,), 1, 1),
     Sample("below_a_vector", (3,), 7, 5),
     Sample("above_a_vector", (2, 5), 17, 9),
-    Sample("above_a_block", (3,), 130, 33),
+    Sample("above_a_tile", (3,), 130, 33),
     Sample("per_channel", (5,), 3, 4, joint=False),
     Sample("more_per_channel", (9,), 19, 6, joint=False),
     Sample("transposed", (6,), 4, 3, contiguous=False),
