@@ -8,6 +8,7 @@ Flax numbers the modules of one kind in the order in which they run. The shapes 
 size of pictures, the labels): a preset with the same shapes does, or `config`.
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def load(
             f"{checkpoint.path} holds {WHAT}: config must be a {kind.__name__}, got {type(config).__name__}"
         )
     model = _empty(config)
-    found = sources(config, root)
+    found = sources(model, root)
     model.load_state_dict(collect(checkpoint, model.state_dict(), found, dtype, root), assign=True)
     return model
 
@@ -79,7 +80,15 @@ def _empty(config: Any) -> Vae | VitVae:
 
 def _fits(checkpoint: Checkpoint, config: Any, root: str) -> bool:
     """Whether all arrays have the names and shapes of a model with this configuration."""
-    shapes, wanted, found = checkpoint.shapes, _empty(config).state_dict(), sources(config, root)
+    shapes = checkpoint.shapes
+    if isinstance(config, VaeConfig):
+        same = shapes[root + _CONV].shape[-1] == config.network.filters
+    else:
+        same = tuple(shapes[root + _VIT].shape) == (1, math.prod(config.grid), config.width)
+    if not same:  # so that few models are built in vain
+        return False
+    model = _empty(config)
+    wanted, found = model.state_dict(), sources(model, root)
     try:
         return all(
             found[name].make(*(shapes[part] for part in found[name].names)).shape == tensor.shape
@@ -89,9 +98,9 @@ def _fits(checkpoint: Checkpoint, config: Any, root: str) -> bool:
         return False
 
 
-def sources(config: VaeConfig | VitVaeConfig, root: str = "") -> dict[str, Source]:
-    """Parameter of Vae or VitVae -> arrays whose names begin with `root`."""
-    table = _conv_table(config) if isinstance(config, VaeConfig) else _vit_table(config)
+def sources(model: Vae | VitVae, root: str = "") -> dict[str, Source]:
+    """Parameter of the model -> arrays whose names begin with `root`."""
+    table = _conv_table(model) if isinstance(model, Vae) else _vit_table(model.config)
     return {ours: Source((root + theirs,), layout) for ours, (theirs, layout) in table.items()}
 
 
@@ -133,8 +142,7 @@ def _numbered(folder: str) -> Iterator[str]:
         number += 1
 
 
-def _conv_table(c: VaeConfig) -> Table:
-    model = _empty(c)
+def _conv_table(model: Vae) -> Table:
     table: Table = {}
     for side in ("encoder", "decoder"):
         part: Any = getattr(model, side)

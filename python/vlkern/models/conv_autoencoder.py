@@ -75,9 +75,7 @@ class ConvConfig:
 def check_image_size(image_size: int, multiple: int) -> None:
     """Raise ValueError unless pictures of this side can be cut into tokens of `multiple` pixels."""
     if type(image_size) is not int or image_size < 1 or image_size % multiple:
-        raise ValueError(
-            f"image_size must be a positive multiple of the {multiple} pixels of a token, got {image_size!r}"
-        )
+        raise ValueError(f"image_size must be a positive multiple of {multiple}, a token's side, got {image_size!r}")
 
 
 def check_pixels(pixels: torch.Tensor, height: int, width: int) -> None:
