@@ -74,10 +74,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def both(labels: torch.Tensor | int, device: torch.device) -> tuple[torch.Tensor | int, torch.Tensor]:
-    """Labels [B], or the number of examples, twice, and `drop` [2 B], which hides those of the second half."""
+def both(model: Givt, labels: torch.Tensor | int) -> tuple[torch.Tensor | int, torch.Tensor]:
+    """Labels [B], or the number of examples, twice, and `drop` [2 B], which hides those of the second half.
+
+    Raises:
+        ValueError: the model always has its label.
+    """
+    if not model.config.unlabelled:
+        raise ValueError("guidance must be 0: the model always has its label")
     batch = labels if isinstance(labels, int) else len(labels)
-    drop = torch.arange(2 * batch, device=device) >= batch
+    drop = torch.arange(2 * batch, device=model.position_embedding.device) >= batch
     return (2 * labels if isinstance(labels, int) else labels.repeat(2)), drop
 
 
@@ -111,9 +117,8 @@ def sample(
     sampler = Sampler() if sampler is None else sampler
     draw = sampler.draws(model.head) if draw is None else draw
     guided = sampler.guidance > 0
-    device = model.position_embedding.device
     with evaluating(model):
-        given, drop = both(labels, device) if guided else (labels, None)
+        given, drop = both(model, labels) if guided else (labels, None)
         x = model.begin(given, drop)
         caches = model.new_caches(len(x))
         seen = model.see(encoded.repeat(2, 1, 1) if guided and encoded is not None else encoded, 1)

@@ -126,7 +126,7 @@ def steps(
     _checks.number("choice_temperature", choice_temperature)
     guided, device = sampler.guidance > 0, model.position_embedding.device
     drawn = sampler.draws(model.head) if draw is None else draw
-    given, drop = both(labels, device) if guided else (labels, None)
+    given, drop = both(model, labels) if guided else (labels, None)
     batch = labels if isinstance(labels, int) else len(labels)
     given = None if isinstance(given, int) else given
     tokens = torch.zeros(batch, c.length, c.channels, device=device)
