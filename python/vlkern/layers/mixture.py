@@ -25,8 +25,9 @@ from vlkern.layers.linear import Linear
 
 LAYOUTS = (*_mixture.LAYOUTS, "multivariate")
 MIN_SCALE = 1e-6
-#: Equal components have equal gradients and would stay equal for ever: their means start this far apart.
-SPREAD = 1e-2
+#: Equal components have equal gradients and would stay equal for ever: their means start so far apart, in units of the
+#: first scale. With 0.01 the first steps of Adam, which are as large for all, bring them together before they part.
+SPREAD = 0.3
 
 
 def parameters(layout: str, channels: int, components: int) -> int:
