@@ -17,8 +17,10 @@ import shards
 import torch
 from PIL import Image
 
-from vlkern.models import navit, paligemma
+from vlkern.models import fsq_autoencoder, jet, jetformer, navit, paligemma, vae
+from vlkern.models.conv_autoencoder import ConvConfig
 from vlkern.models.gemma import GemmaConfig
+from vlkern.models.jet import JetConfig
 from vlkern.models.siglip import SiglipConfig, TextConfig, VisionConfig
 
 #: The preset "test".
@@ -37,6 +39,17 @@ PALIGEMMA = paligemma.PaliGemmaConfig(
     ),
     60, 60,
 )  # fmt: skip
+#: The preset "jetformer-test", 4 tokens a picture.
+JETFORMER = jetformer.JetFormerConfig(
+    JetConfig(2, 1, 48, depth=2, block_depth=1, width=16, heads=2, kinds=("channels",)),
+    4, 8, 3, width=24, depth=2, heads=3, head_dim=8, mlp=32, vocabulary=270, text_length=5,
+)  # fmt: skip
+#: The presets "fsq-test" and "vae-test".
+CONVOLUTIONS = ConvConfig(8, (1, 2), blocks=1, groups=4)
+FSQ = fsq_autoencoder.FsqConfig((4, 3), 8, 8, CONVOLUTIONS)
+VAE = vae.VaeConfig(2, 8, (1, 2), network=CONVOLUTIONS)
+#: The preset "jet-test".
+JET = jet.JetConfig(8, 2, depth=5, block_depth=1, width=16, heads=2, basis="cosines")
 #: Where a rank can be made to kill itself: calls that make files durable or visible.
 _EVENTS = ("fsync", "rename", "replace", "rmdir")
 
@@ -65,7 +78,11 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
 
     PRESETS["test"] = CONFIG
     navit.PRESETS["navit-test"] = NAVIT
+    jet.PRESETS["jet-test"] = JET
     paligemma.PRESETS["paligemma-test"] = PALIGEMMA
+    jetformer.PRESETS["jetformer-test"] = JETFORMER
+    fsq_autoencoder.PRESETS["fsq-test"] = FSQ
+    vae.PRESETS["vae-test"] = VAE
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
