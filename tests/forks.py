@@ -10,6 +10,8 @@ _PRELOAD = [
     "torch.distributed",
     "torch.utils.tensorboard",
     "vlkern.train.cli",
+    "vlkern.train.jet",
+    "vlkern.train.givt",
     "vlkern.train.navit",
     "vlkern.train.paligemma",
     "vlkern.train.siglip",

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import shards
 import torch
 from PIL import Image
 
-from vlkern.models import fsq_autoencoder, jet, jetformer, navit, paligemma, vae
+from vlkern.models import fsq_autoencoder, givt, jet, jetformer, navit, paligemma, vae
 from vlkern.models.conv_autoencoder import ConvConfig
 from vlkern.models.gemma import GemmaConfig
 from vlkern.models.jet import JetConfig
@@ -48,6 +49,8 @@ JETFORMER = jetformer.JetFormerConfig(
 CONVOLUTIONS = ConvConfig(8, (1, 2), blocks=1, groups=4)
 FSQ = fsq_autoencoder.FsqConfig((4, 3), 8, 8, CONVOLUTIONS)
 VAE = vae.VaeConfig(2, 8, (1, 2), network=CONVOLUTIONS)
+#: The presets "givt-test" and "givt-masked-test"; the autoencoder and the classes say the rest.
+GIVT = givt.GivtConfig(16, 1, 2, 24, length=1, channels=1, components=2)
 #: The preset "jet-test".
 JET = jet.JetConfig(8, 2, depth=5, block_depth=1, width=16, heads=2, basis="cosines")
 #: Where a rank can be made to kill itself: calls that make files durable or visible.
@@ -78,6 +81,8 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
 
     PRESETS["test"] = CONFIG
     navit.PRESETS["navit-test"] = NAVIT
+    givt.PRESETS["givt-test"] = GIVT
+    givt.PRESETS["givt-masked-test"] = replace(GIVT, style="masked")
     jet.PRESETS["jet-test"] = JET
     paligemma.PRESETS["paligemma-test"] = PALIGEMMA
     jetformer.PRESETS["jetformer-test"] = JETFORMER
