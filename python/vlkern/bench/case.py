@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 import vlkern
 from vlkern._op import REGISTRY
@@ -29,11 +30,14 @@ def samples_of(op: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of the public call. Its floating tensors, the leaves, want gradients; grad is that of the output."""
+    """Arguments of the public call. Its floating tensors, the leaves, want gradients; grads are those of the outputs.
+
+    An output that is a scalar, or no floating-point tensor, has None there.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    grad: torch.Tensor | None
+    grads: tuple[torch.Tensor | None, ...]
 
     @property
     def leaves(self) -> list[torch.Tensor]:
@@ -48,18 +52,23 @@ class Inputs:
                 return value
             return value.detach().to(dtype or value.dtype, copy=True)
 
-        result = Inputs(tuple(moved(a) for a in self.args), self.kwargs, moved(self.grad))
+        result = Inputs(tuple(moved(a) for a in self.args), self.kwargs, tuple(moved(g) for g in self.grads))
         for leaf in result.leaves:
             leaf.requires_grad_()
         return result
 
     def run(self, function: Function, mode: str) -> list[torch.Tensor]:
-        """The output, and with "forward+backward" the gradients of the leaves after it."""
+        """The outputs, and with "forward+backward" the gradients of the leaves after them."""
         if mode == "forward":
             with torch.no_grad():
-                return [function(*self.args, **self.kwargs)]
-        out = function(*self.args, **self.kwargs)
-        return [out.detach(), *torch.autograd.grad(out, self.leaves, self.grad)]
+                return _several(function(*self.args, **self.kwargs))
+        out = _several(function(*self.args, **self.kwargs))
+        sent = {t: g for t, g in zip(out, self.grads, strict=True) if t.requires_grad}
+        return [*(t.detach() for t in out), *torch.autograd.grad(list(sent), self.leaves, list(sent.values()))]
+
+
+def _several(out: torch.Tensor | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    return [out] if isinstance(out, torch.Tensor) else list(out)
 
 
 def _public(op: str) -> Function:
@@ -101,14 +110,19 @@ class Case:
         return getattr(self.sample, "huge", False)
 
     def inputs(self) -> Inputs:
-        """The sample's inputs; an output that is no scalar gets a random gradient."""
+        """The sample's inputs; outputs that are no scalars get random gradients."""
         args, kwargs = samples_of(self.op).inputs(self.sample, self.dtype, self.device)
         with torch.no_grad():
-            meta = {name: value.to("meta") for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-            shape = _public(self.op)(*(a.to("meta") for a in args), **{**kwargs, **meta}).shape
+            meta = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+            outputs = _several(_public(self.op)(*meta[0], **meta[1]))
         generator = torch.Generator().manual_seed(1)
-        grad = torch.randn(shape, generator=generator).to(self.device, self.dtype) if shape else None
-        return Inputs(args, kwargs, grad).to()
+
+        def gradient(out: torch.Tensor) -> torch.Tensor | None:
+            if not (out.shape and out.is_floating_point()):
+                return None
+            return torch.randn(out.shape, generator=generator).to(self.device, out.dtype)
+
+        return Inputs(args, kwargs, tuple(gradient(out) for out in outputs)).to()
 
     def work(self, inputs: Inputs, mode: str) -> dict[str, float]:
         """FLOPs and bytes of one run in this mode."""

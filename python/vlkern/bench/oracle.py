@@ -41,7 +41,8 @@ def _attention_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
     scale, group = q.shape[2] ** -0.5, q.shape[1] // k.shape[1]
     out = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    assert inputs.grad is not None
+    (grad,) = inputs.grads
+    assert grad is not None
     for h in range(k.shape[1]):
         heads = slice(h * group, (h + 1) * group)
         for i in range(0, len(q), _BLOCK):
@@ -52,7 +53,7 @@ def _attention_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
             part, lse = attention.interval_attention(*near, *bounds, scale, None)
             out[rows, heads] = part
             gradients = attention.interval_attention_backward(
-                inputs.grad[rows, heads], None, *near, part, lse, *bounds, scale, None
+                grad[rows, heads], None, *near, part, lse, *bounds, scale, None
             )
             dq[rows, heads] = gradients[0]
             dk[lo:hi, h : h + 1] += gradients[1]
@@ -89,6 +90,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     """||got - want|| / ||want||; inf when the shape differs, nan when the result is."""
     if got.shape != want.shape:
         return float("inf")
+    want = want.double() if not want.is_floating_point() else want
     return float((got.to(want.dtype) - want).norm() / want.norm().clamp(min=1e-30))
 
 
@@ -98,12 +100,13 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def errors(case: Case, inputs: Inputs, want: list[torch.Tensor], function: Function, mode: str) -> list[float]:
-    """Errors of the output and of each gradient. Raises ValueError when one is beyond the tolerance."""
+    """Errors of each output and of each gradient. Raises ValueError when one is beyond the tolerance."""
     got = inputs.run(function, mode)
     found = [error(g, w) for g, w in zip(got, want, strict=mode != "forward")]
     limit = tolerance(case.dtype)
     if not all(e <= limit for e in found):
-        names = ["output", *(f"gradient {i}" for i in range(len(found) - 1))]
+        outputs = len(found) - (len(inputs.leaves) if mode != "forward" else 0)
+        names = ["output"] * outputs + [f"gradient {i}" for i in range(len(inputs.leaves))]
         worst = max(range(len(found)), key=lambda i: float("inf") if found[i] != found[i] else found[i])
         raise ValueError(f"wrong {names[worst]}: error {found[worst]:.1e} against the reference, allowed {limit:.1e}")
     return found

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from vlkern.bench import decoding, heads
 
-Function = Callable[..., torch.Tensor]
+Function = Callable[..., Any]
 
 
 class Absent(Exception):
@@ -71,6 +71,21 @@ def linear_formula(
 def geglu_formula(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The line found in most model files."""
     return F.gelu(gate, approximate="tanh") * up
+
+
+def fsq_formula(
+    z: torch.Tensor, levels: tuple[int, ...], *, variant: str = "official"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The published notebook, line by line, in float32: its constants are made in the call."""
+    if variant != "official":
+        raise ValueError("this is the official variant")
+    size = torch.tensor(levels, device=z.device)
+    half, offset = (size - 1) * (1 - 1e-3) / 2, torch.where(size % 2 == 1, 0.0, 0.5)
+    bound = torch.tanh(z.float() + torch.tan(offset / half)) * half - offset
+    width = size // 2
+    codes = (bound + (bound.round() - bound).detach()) / width
+    basis = torch.cat([size.new_ones(1), size[:-1].cumprod(0)])
+    return codes.to(z.dtype), ((codes.detach() * width + width).round().long() * basis).sum(-1)
 
 
 def cross_entropy_formula(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -250,6 +265,15 @@ RACES: dict[str, Race] = {
             Contestant("SDPA", partial(_plain, decoding.sdpa)),
             Contestant("matmuls", partial(_plain, decoding.matmuls)),
             Contestant("FlexAttention", _flex_decoding, compiled=True),
+        ),
+    ),
+    "fsq": Race(
+        ceiling="copy",
+        # forward: read z, write codes and indices. backward: read z and grad, write dz (1.2 in float32, 1 in bfloat16).
+        share={"forward": 1.0, "forward+backward": 2.0},
+        rivals=(
+            Contestant("eager", partial(_plain, fsq_formula)),
+            Contestant("torch.compile", partial(_compiled, fsq_formula), compiled=True),
         ),
     ),
     "geglu": Race(

@@ -152,7 +152,8 @@ def _rows(
             row |= out[c.name]
         elif c.name in calls:
             found, ms = right[c.name], times[c.name]
-            row |= {"error": found[0], "gradient_error": max(found[1:], default=None)}
+            outputs = len(found) - (len(inputs.leaves) if mode != "forward" else 0)
+            row |= {"error": max(found[:outputs]), "gradient_error": max(found[outputs:], default=None)}
             row |= {"ms": timing.spread(ms), "rounds": len(ms)}
             median = row["ms"]["median"]
             if ceiling != "matmul":
