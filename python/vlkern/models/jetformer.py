@@ -32,6 +32,7 @@ from vlkern import _checks, ops
 from vlkern.layers.flow import to_pixels, to_tokens
 from vlkern.layers.init import dense_
 from vlkern.layers.linear import Linear
+from vlkern.layers.mixture import SPREAD
 from vlkern.layers.norm import RMSNorm
 from vlkern.models.gemma import Gemma, GemmaConfig
 from vlkern.models.jet import Jet, JetConfig
@@ -226,7 +227,7 @@ class JetFormer(nn.Module):
         nn.init.zeros_(self.image_head.weight)
         nn.init.zeros_(self.image_head.bias)
         # Components that begin alike would get the same gradients for ever: their means begin a little apart.
-        nn.init.normal_(self.image_head.bias[c.mixtures :].view(c.mixtures, 2, -1)[:, 0].detach(), std=0.01)
+        nn.init.normal_(self.image_head.bias[c.mixtures :].view(c.mixtures, 2, -1)[:, 0].detach(), std=SPREAD)
         self.text_head = None if c.tied else Linear(c.width, c.vocabulary)
         if self.text_head is not None:
             nn.init.normal_(self.text_head.weight)
