@@ -10,8 +10,8 @@ from peers import randomize
 
 import vlkern
 from vlkern import flows, models, ops
+from vlkern.generation import jetformer as sampling
 from vlkern.layers.init import shapes_only
-from vlkern.models import jetformer_sampling
 from vlkern.models.jet import JetConfig
 from vlkern.models.jetformer import PRESETS, SPECIAL, JetFormer, JetFormerConfig
 from vlkern.models.patch_pca import PatchPca, PatchPcaConfig
@@ -85,7 +85,7 @@ def test_cached_sampling_is_uncached_sampling(config, guidance, monkeypatch):
         draw = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *p, draw=draw, **o: (seen.append((p, o)), draw(*p, **o))[1])
     g = torch.Generator().manual_seed(3)
-    tokens = jetformer_sampling.sample_tokens(model, ids, lengths, guidance=guidance, temperature=0.9, generator=g)
+    tokens = sampling.sample_tokens(model, ids, lengths, guidance=guidance, temperature=0.9, generator=g)
     assert len(seen) == config.tokens and all(o["temperature"] == 0.9 for _, o in seen)
     with torch.no_grad():
         soft = tokens[..., : config.modelled]
@@ -94,23 +94,21 @@ def test_cached_sampling_is_uncached_sampling(config, guidance, monkeypatch):
             whole.append(model.outputs(soft, model.unlabelled(len(ids))))
         for i, out in enumerate(whole):
             assert_close(torch.stack([p[i] for p, _ in seen], 1), model.mixture(out.image), 2e-5)
-    again = jetformer_sampling.sample_tokens(
-        model, ids, lengths, guidance=guidance, temperature=0.9, generator=g.manual_seed(3)
-    )
+    again = sampling.sample_tokens(model, ids, lengths, guidance=guidance, temperature=0.9, generator=g.manual_seed(3))
     assert torch.equal(tokens, again)
 
 
 def test_captions_from_caches():
     """Greedy words are the best ones of whole rows; at a temperature they are drawn."""
     model, (pixels, *_) = build(), batch(CONFIG)
-    found = jetformer_sampling.caption(model, pixels)
+    found = sampling.caption(model, pixels)
     assert found.shape == (3, 4)
     with torch.no_grad():
         soft = model.encode(pixels)[0][..., :5]
         out = model.outputs(soft, found, None, torch.zeros(3, dtype=torch.bool))
         assert torch.equal(model.text_logits(out.text).argmax(-1), found)
     drawn = [
-        jetformer_sampling.caption(model, pixels, 6, temperature=5.0, generator=torch.Generator().manual_seed(seed))
+        sampling.caption(model, pixels, 6, temperature=5.0, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
@@ -249,11 +247,11 @@ def test_bad_input():
         model(pixels, ids, torch.tensor([1, 2]))
     for name, value in (("guidance", -1.0), ("guidance", float("nan"))):
         with pytest.raises(ValueError, match=name):
-            jetformer_sampling.sample(model, ids, **{name: value})
+            sampling.sample(model, ids, **{name: value})
     with pytest.raises(ValueError, match="temperature must be at least 0, got -1"):
-        jetformer_sampling.caption(model, pixels, temperature=-1.0)
+        sampling.caption(model, pixels, temperature=-1.0)
     with pytest.raises(ValueError, match="model must have texts that stand once in a row, got 3 repeats of classes"):
-        jetformer_sampling.caption(build(VARIANTS["classes"]), pixels)
+        sampling.caption(build(VARIANTS["classes"]), pixels)
     with pytest.raises(ValueError, match="components must be 1 to 48, got 49"):
         PatchPcaConfig((4, 4), 49)
     with pytest.raises(ValueError, match="groups must divide the 6 components, got 4"):
@@ -266,6 +264,6 @@ def test_pictures_have_the_range_of_pictures():
     """Samples of a model that knows nothing yet: whatever it draws, pixels are in [-1, 1] and not all the same."""
     torch.manual_seed(0)
     model = JetFormer(CONFIG).eval()
-    pixels = jetformer_sampling.sample(model, model.unlabelled(2))
+    pixels = sampling.sample(model, model.unlabelled(2))
     assert pixels.shape == (2, 3, 8, 8) and float(pixels.abs().max()) <= 1 and float(pixels.std()) > 0.1
     assert flows.quantise(pixels).dtype == torch.uint8

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from goldens import Golden, assert_close, assert_gradients
 
 from vlkern import models, ops
+from vlkern.generation import jetformer as sampling
 from vlkern.interop import jet_jax, jetformer_jax
-from vlkern.models import jetformer_sampling
 from vlkern.models.gemma import Rows
 from vlkern.models.jet import JetConfig
 from vlkern.models.jetformer import JetFormerConfig
@@ -171,7 +171,7 @@ def test_sampling(name, tmp_path, monkeypatch):
     chosen: list[torch.Tensor] = []
     monkeypatch.setattr(ops, "gmm_sample", _modes(chosen))
     case.now = lengths = golden["in/sample_text_mask"].sum(1)
-    tokens = jetformer_sampling.sample_tokens(model, case.ids, lengths, temperature=0.94, mixture_temperature=1.2)
+    tokens = sampling.sample_tokens(model, case.ids, lengths, temperature=0.94, mixture_temperature=1.2)
     soft = tokens[..., : c.modelled]
     assert_close(soft, golden["out/sample_image/tokens"], 2e-4)
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_captions(name, tmp_path):
     golden = case.golden
     pixels = golden.pixels() + case.dequantisation
     expected = golden["out/sample_text_greedy/tokens"].long()
-    found = jetformer_sampling.caption(case.model, pixels, expected.shape[1])
+    found = sampling.caption(case.model, pixels, expected.shape[1])
     assert torch.equal(found, expected)
 
 

@@ -8,8 +8,8 @@ import torch
 from vlkern import data, flows
 from vlkern.data.classes import CLASSES
 from vlkern.errors import UserError
+from vlkern.generation.jetformer import sample
 from vlkern.models.jetformer import JetFormer
-from vlkern.models.jetformer_sampling import sample
 from vlkern.painting.base import Measures, Options, Pictures
 
 #: Pictures that are made or measured together.
