@@ -19,19 +19,20 @@ def merge_heads(x_BKLC: torch.Tensor) -> torch.Tensor:
     return x_BKLC.transpose(1, 2).flatten(-2)
 
 
-def attend(q_BLKC: torch.Tensor, k_BLKC: torch.Tensor, v_BLKC: torch.Tensor) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(C)) V of each of B sequences -> [B, L, K, C].
+def attend(q_BMKC: torch.Tensor, k_BLKC: torch.Tensor, v_BLKC: torch.Tensor) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(C)) V of each of B sequences -> [B, M, K, C], for M queries (all L tokens, or others).
 
     On a CPU by `interval_attention`, as B documents side by side: its backward is faster than PyTorch's, and without
     bfloat16 instructions so is its forward in that dtype. On a GPU PyTorch's attention is the one to beat.
     """
-    batch, length, _, channels = q_BLKC.shape
-    if q_BLKC.device.type != "cpu" or q_BLKC.dtype == torch.float64 or channels % 8 or channels > 256:
-        q, k, v = (x.transpose(1, 2) for x in (q_BLKC, k_BLKC, v_BLKC))
+    batch, queries, _, channels = q_BMKC.shape
+    length = k_BLKC.shape[1]
+    if q_BMKC.device.type != "cpu" or q_BMKC.dtype == torch.float64 or channels % 8 or channels > 256:
+        q, k, v = (x.transpose(1, 2) for x in (q_BMKC, k_BLKC, v_BLKC))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    first = torch.arange(batch, dtype=torch.int32).mul(length).unsqueeze(1).expand(batch, length).flatten()
-    q, k, v = (x.flatten(0, 1) for x in (q_BLKC, k_BLKC, v_BLKC))
-    return ops.interval_attention(q, k, v, first, first + length).unflatten(0, (batch, length))
+    first = torch.arange(batch, dtype=torch.int32).mul(length).unsqueeze(1).expand(batch, queries).flatten()
+    q, k, v = (x.flatten(0, 1) for x in (q_BMKC, k_BLKC, v_BLKC))
+    return ops.interval_attention(q, k, v, first, first + length).unflatten(0, (batch, queries))
 
 
 class SelfAttention(nn.Module):

@@ -13,6 +13,7 @@ from vlkern.models import (
     givt,
     jet,
     jetformer,
+    maskgit,
     naflex,
     navit,
     paligemma,
@@ -36,6 +37,7 @@ _FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any], nn.Module]], ...] = (
     (fsq_autoencoder.PRESETS, fsq_autoencoder.FsqAutoencoder),
     (jet.PRESETS, jet.Jet),
     (jetformer.PRESETS, jetformer.JetFormer),
+    (maskgit.PRESETS, maskgit.MaskGit),
     (vae.PRESETS, vae.Vae),
     (vit_vae.PRESETS, vit_vae.VitVae),
 )

@@ -10,7 +10,7 @@ from torch import nn
 
 from vlkern.errors import UserError
 from vlkern.layers.init import shapes_only
-from vlkern.models import fsq_autoencoder, givt, jet, jetformer, state, vae, vit_vae
+from vlkern.models import fsq_autoencoder, givt, jet, jetformer, maskgit, state, vae, vit_vae
 
 #: model_type -> (its configuration, a frozen dataclass, maybe of others; its model, made of the configuration alone)
 MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
@@ -18,6 +18,7 @@ MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
     "givt": (givt.GivtConfig, givt.Givt),
     "jet": (jet.JetConfig, jet.Jet),
     "jetformer": (jetformer.JetFormerConfig, jetformer.JetFormer),
+    "maskgit": (maskgit.MaskGitConfig, maskgit.MaskGit),
     "vae": (vae.VaeConfig, vae.Vae),
     "vit_vae": (vit_vae.VitVaeConfig, vit_vae.VitVae),
 }

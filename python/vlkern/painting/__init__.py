@@ -18,6 +18,7 @@ _PAINTERS: dict[str, str] = {
     "FsqAutoencoder": "vlkern.painting.fsq",
     "Jet": "vlkern.painting.jet",
     "JetFormer": "vlkern.painting.jetformer",
+    "MaskGit": "vlkern.painting.maskgit",
     "Vae": "vlkern.painting.vae",
 }
 
