@@ -21,8 +21,8 @@ class Sample:
 SAMPLES = [
     Sample("empty", (0,), (8, 5, 5, 5)),
     Sample("one", (1,), (3,)),
-    Sample("below_a_block", (7,), (8, 8, 8, 6, 5)),
-    Sample("above_a_block", (3, 91), (8, 8, 8, 6, 5), "symmetric"),
+    Sample("below_a_tile", (7,), (8, 8, 8, 6, 5)),
+    Sample("above_a_tile", (3, 91), (8, 8, 8, 6, 5), "symmetric"),
     Sample("many_levels", (33,), (1000, 2, 63), "symmetric"),
     Sample("wide_index", (41,), (16,) * 15),
     Sample("transposed", (5, 33), (8, 6, 5), contiguous=False),
@@ -30,6 +30,7 @@ SAMPLES = [
     Sample("maskgit_below", (257,), (8, 5, 5, 5)),
     Sample("maskgit_1m", (1 << 20,), (8, 5, 5, 5), bench=True),
     Sample("uvim_256k", (1 << 18,), (7, 5, 5, 5, 5), bench=True),
+    Sample("symmetric_256k", (1 << 18,), (8, 5, 5, 5), "symmetric", bench=True),
 ]
 
 

@@ -51,7 +51,7 @@ def hardware(device: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of everything that took part."""
     found = {"python": platform.python_version(), "vlkern": vlkern.__version__, "torch": torch.__version__}
-    for package in ("triton", "liger_kernel"):
+    for package in ("triton", "liger_kernel", "vector_quantize_pytorch"):
         if importlib.util.find_spec(package):
             found[package] = version(package)
     if (clip := open_clip_version()) is not None:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from vlkern.bench import decoding, heads
+from vlkern.bench import decoding, heads, tokens
 
 Function = Callable[..., Any]
 
@@ -71,21 +72,6 @@ def linear_formula(
 def geglu_formula(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The line found in most model files."""
     return F.gelu(gate, approximate="tanh") * up
-
-
-def fsq_formula(
-    z: torch.Tensor, levels: tuple[int, ...], *, variant: str = "official"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The published notebook, line by line, in float32: its constants are made in the call."""
-    if variant != "official":
-        raise ValueError("this is the official variant")
-    size = torch.tensor(levels, device=z.device)
-    half, offset = (size - 1) * (1 - 1e-3) / 2, torch.where(size % 2 == 1, 0.0, 0.5)
-    bound = torch.tanh(z.float() + torch.tan(offset / half)) * half - offset
-    width = size // 2
-    codes = (bound + (bound.round() - bound).detach()) / width
-    basis = torch.cat([size.new_ones(1), size[:-1].cumprod(0)])
-    return codes.to(z.dtype), ((codes.detach() * width + width).round().long() * basis).sum(-1)
 
 
 def cross_entropy_formula(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -173,17 +159,23 @@ def open_clip_version() -> str | None:
     return next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
 
 
-def _open_clip_loss(chunk: int) -> Function:
-    """open_clip's own SigLipLoss. Its file is loaded alone: the package also imports timm and torchvision."""
-    version = open_clip_version()
-    if version is None:
-        raise Absent("open_clip is not installed")
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None and package.origin is not None
-    spec = importlib.util.spec_from_file_location("_open_clip_loss", Path(package.origin).with_name("loss.py"))
+def _alone(package: str, file: str) -> ModuleType:
+    """One file of a package, loaded without the package, which imports what the file does not need."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.origin is not None
+    spec = importlib.util.spec_from_file_location(f"_{package}", Path(found.origin).with_name(file))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _open_clip_loss(chunk: int) -> Function:
+    """open_clip's own SigLipLoss; the package also imports timm and torchvision."""
+    version = open_clip_version()
+    if version is None:
+        raise Absent("open_clip is not installed")
+    module = _alone("open_clip", "loss.py")
     if not chunk:
         loss: Any = module.SigLipLoss()
     elif "chunk_size" in inspect.signature(module.SigLipLoss).parameters:
@@ -192,6 +184,12 @@ def _open_clip_loss(chunk: int) -> Function:
         raise Absent(f"SigLipLoss of open_clip {version} has no chunk_size")
     function: Function = loss
     return function
+
+
+def _lucidrains_fsq() -> Function:
+    if importlib.util.find_spec("vector_quantize_pytorch") is None:
+        raise Absent("vector_quantize_pytorch is not installed")
+    return tokens.lucidrains(_alone("vector_quantize_pytorch", "finite_scalar_quantization.py"))
 
 
 def _visible(start: torch.Tensor, stop: torch.Tensor, keys: int) -> torch.Tensor:
@@ -272,8 +270,9 @@ RACES: dict[str, Race] = {
         # forward: read z, write codes and indices. backward: read z and grad, write dz (1.2 in float32, 1 in bfloat16).
         share={"forward": 1.0, "forward+backward": 2.0},
         rivals=(
-            Contestant("eager", partial(_plain, fsq_formula)),
-            Contestant("torch.compile", partial(_compiled, fsq_formula), compiled=True),
+            Contestant("eager", partial(_plain, tokens.fsq)),
+            Contestant("torch.compile", partial(_compiled, tokens.fsq), compiled=True),
+            Contestant("vector-quantize-pytorch", _lucidrains_fsq),
         ),
     ),
     "geglu": Race(
