@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlkern import flows, models
-from vlkern.layers.flow import SPLITS, channel_order, to_pixels, to_tokens, token_order
+from vlkern.layers.flow import SPLITS, channel_order, cosines, to_pixels, to_tokens, token_order
 from vlkern.layers.init import shapes_only
 from vlkern.models.jet import PRESETS, Jet, JetConfig
 
@@ -120,6 +120,13 @@ def test_tokens_and_orders():
     tokens = to_tokens(x, 4)
     assert torch.equal(tokens[1, 4], x[1, :, 4:, 4:8].permute(1, 2, 0).flatten())
     assert torch.equal(to_pixels(tokens, 2, 3, 4), x)
+    flow = Jet(dataclasses.replace(SMALL, basis="cosines"))
+    pixels = torch.rand(2, 3, 8, 8)
+    waves = flow.tokens(pixels)
+    assert torch.allclose(waves, to_tokens(pixels, 2) @ cosines(2, 3).T)
+    assert torch.allclose(flow.pixels(waves), pixels, atol=1e-6)
+    flat = flow.tokens(torch.full((1, 3, 8, 8), 0.5))
+    assert torch.allclose(flat[..., :1], torch.tensor(0.5 * 12**0.5)) and flat[..., 1:].abs().max() < 1e-6
     assert sorted(channel_order(48).tolist()) == list(range(48))
     with pytest.raises(ValueError, match="multiples of the patch 5"):
         to_tokens(x, 5)
@@ -142,6 +149,7 @@ def test_tokens_and_orders():
         ({"heads": 3}, "width must be a multiple of heads, got 16 and 3"),
         ({"kinds": ("rows",)}, "kinds must be a tuple of channels, spatial"),
         ({"splits": ()}, "splits must be a tuple of checkerboard"),
+        ({"basis": "sines"}, "basis must be one of pixels, cosines, got 'sines'"),
         ({"max_scale": 0.0}, "max_scale must be a positive finite number, got 0.0"),
         ({"patch": 8}, "an even number of tokens to spatial couplings, got 1"),
         ({"context": -1}, "context must be a positive integer, got -1"),
@@ -171,7 +179,7 @@ def test_bad_input():
 
 
 def test_files(tmp_path):
-    model = trained_like(dataclasses.replace(SMALL, context=10, invertible=True))
+    model = trained_like(dataclasses.replace(SMALL, context=10, invertible=True, basis="cosines"))
     models.save_pretrained(model, tmp_path)
     again = models.load_pretrained(tmp_path)
     assert again.config == model.config

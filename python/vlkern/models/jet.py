@@ -31,12 +31,13 @@ from torch import nn
 
 from vlkern import _checks, flows, ops
 from vlkern.layers.attention import merge_heads, split_heads
-from vlkern.layers.flow import SPLITS, channel_order, to_pixels, to_tokens, token_order
+from vlkern.layers.flow import SPLITS, channel_order, cosines, to_pixels, to_tokens, token_order
 from vlkern.layers.init import dense_
 from vlkern.layers.linear import Linear
 from vlkern.models import siglip
 
 KINDS = ("channels", "spatial")
+BASES = ("pixels", "cosines")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class JetConfig:
     heads        of its attention; its MLPs have 4 D units
     kinds        of the couplings: the first, the second, ..., and from the start again
     splits       likewise how the spatial ones among them split the tokens, see vlkern.layers.flow
+    basis        of the numbers of a token: "pixels", or "cosines", their cosine transform (vlkern.layers.flow), which
+                 changes no probability, but is easier to learn for a small flow
     max_scale    what a coupling multiplies with is below this
     context      E; None: there is no context
     invertible   train with the memory of one coupling: inputs are computed again from outputs, see vlkern.flows
@@ -66,6 +69,7 @@ class JetConfig:
     heads: int = dataclasses.field(default=8, kw_only=True)
     kinds: tuple[str, ...] = dataclasses.field(default=("channels",) * 4 + ("spatial",), kw_only=True)
     splits: tuple[str, ...] = dataclasses.field(default=SPLITS, kw_only=True)
+    basis: str = dataclasses.field(default="pixels", kw_only=True)
     max_scale: float = dataclasses.field(default=2.0, kw_only=True)
     context: int | None = dataclasses.field(default=None, kw_only=True)
     invertible: bool = dataclasses.field(default=False, kw_only=True)
@@ -79,6 +83,8 @@ class JetConfig:
             given = getattr(self, name)
             if not (isinstance(given, tuple) and given and all(kind in allowed for kind in given)):
                 raise ValueError(f"{name} must be a tuple of {', '.join(allowed)}, got {given!r}")
+        if self.basis not in BASES:
+            raise ValueError(f"basis must be one of {', '.join(BASES)}, got {self.basis!r}")
         if not (isinstance(self.max_scale, int | float) and 0 < self.max_scale < math.inf):
             raise ValueError(f"max_scale must be a positive finite number, got {self.max_scale!r}")
         if self.width % self.heads:
@@ -117,9 +123,9 @@ class JetConfig:
         return sum(self.kinds[j % len(self.kinds)] == "spatial" for j in range(i))
 
 
-#: The flows of the paper for ImageNet at 64 px, one for two cores, and one between.
+#: The flows of the paper for ImageNet at 64 px, and one for two cores.
 PRESETS = {
-    "jet-tiny": JetConfig(32, 4, depth=12, block_depth=1, width=96, heads=4),
+    "jet-tiny": JetConfig(32, 8, depth=16, block_depth=1, width=128, heads=4, basis="cosines", max_scale=4.0),
     "jet-imagenet64-32x2": JetConfig(64, 4, depth=32, block_depth=2),
     "jet-imagenet64-64x5": JetConfig(64, 4, depth=64, block_depth=5),
 }
@@ -252,9 +258,14 @@ class Jet(nn.Module):
         tensor(True)
     """
 
+    #: [K, K], whose rows are the waves; None for pixels.
+    basis: torch.Tensor | None
+
     def __init__(self, config: JetConfig) -> None:
         super().__init__()
         self.config = config
+        basis = cosines(config.patch, config.channels) if config.basis == "cosines" else None
+        self.register_buffer("basis", None if basis is None else torch.empty(basis.shape).copy_(basis))
         self.couplings = nn.ModuleList(Coupling(config, config.kind(i)) for i in range(config.depth))
 
     def blocks(self) -> list[nn.Module]:
@@ -271,11 +282,13 @@ class Jet(nn.Module):
         t = _checks.tensor("pixels", pixels)
         if t.dim() != 4 or tuple(t.shape[1:]) != (c.channels, c.image_size, c.image_size):
             raise ValueError(f"pixels must be [B, {c.channels}, {c.image_size}, {c.image_size}], got {list(t.shape)}")
-        return to_tokens(t, c.patch)
+        x_BNK = to_tokens(t, c.patch)
+        return x_BNK if self.basis is None else F.linear(x_BNK, self.basis)
 
     def pixels(self, x_BNK: torch.Tensor) -> torch.Tensor:
         """[B, N, K] -> pictures [B, C, S, S]: undoes `tokens`."""
-        return to_pixels(x_BNK, self.config.grid, self.config.grid, self.config.patch)
+        c = self.config
+        return to_pixels(x_BNK if self.basis is None else x_BNK @ self.basis, c.grid, c.grid, c.patch)
 
     def _check(self, name: str, value: torch.Tensor, context: torch.Tensor | None) -> None:
         c = self.config
