@@ -58,18 +58,19 @@ def _bind(x: Any, shift: Any, raw_scale: Any, **options: Any) -> tuple[Any, ...]
     return _bind_as("x", x, shift, raw_scale, **options)
 
 
-_MAP = "Tensor shift, Tensor raw, Tensor? tokens, Tensor? channels, float max_scale) -> (Tensor, Tensor)"
+_MAP = "Tensor shift, Tensor raw, Tensor? tokens, Tensor? channels, float max_scale"
 _SAVED = "Tensor grad, Tensor grad_logdet, Tensor y, Tensor raw"
 
 _op = Op(
     "coupling",
     public="affine_coupling",
     schemas={
-        "affine_coupling": f"(Tensor x, {_MAP}",
+        "affine_coupling": f"(Tensor x, {_MAP}) -> (Tensor, Tensor)",
+        "affine_coupling_part": f"(Tensor x, {_MAP}) -> (Tensor, Tensor, Tensor)",
         "affine_coupling_backward": f"({_SAVED}, float max_scale) -> (Tensor, Tensor)",
         "affine_coupling_part_backward": f"({_SAVED}, Tensor? tokens, Tensor? channels, float max_scale)"
         " -> (Tensor, Tensor, Tensor)",
-        "affine_coupling_inverse": f"(Tensor y, {_MAP}",
+        "affine_coupling_inverse": f"(Tensor y, {_MAP}) -> (Tensor, Tensor)",
     },
     reference=reference,
     backends=("cpu", "triton"),
@@ -77,7 +78,8 @@ _op = Op(
     work=samples.work,
 )
 _forward, _backward = _op.raw["affine_coupling"], _op.raw["affine_coupling_backward"]
-_part_backward, _inverse = _op.raw["affine_coupling_part_backward"], _op.raw["affine_coupling_inverse"]
+_part, _part_backward = _op.raw["affine_coupling_part"], _op.raw["affine_coupling_part_backward"]
+_inverse = _op.raw["affine_coupling_inverse"]
 
 
 class _Coupling(torch.autograd.Function):
@@ -92,21 +94,25 @@ class _Coupling(torch.autograd.Function):
         max_scale: float,
         backend: str,
     ) -> Any:
-        y, logdet = _forward[backend](x, shift, raw, tokens, channels, max_scale)
-        ctx.save_for_backward(y, raw, tokens, channels)
+        if tokens is None and channels is None:
+            y, logdet = _forward[backend](x, shift, raw, None, None, max_scale)
+            y2 = y
+        else:
+            y, logdet, y2 = _part[backend](x, shift, raw, tokens, channels, max_scale)
+        ctx.save_for_backward(y2, raw, tokens, channels)
         ctx.max_scale, ctx.backend = max_scale, backend
         return y, logdet
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, grad_logdet: torch.Tensor) -> Any:
-        y, raw, tokens, channels = ctx.saved_tensors
+        y2, raw, tokens, channels = ctx.saved_tensors
         grads = grad, grad_logdet
         if tokens is None and channels is None:
-            dx, draw = _backward[ctx.backend](*grads, y, raw, ctx.max_scale)
+            dx, draw = _backward[ctx.backend](*grads, y2, raw, ctx.max_scale)
             dshift = dx
         else:
-            dx, dshift, draw = _part_backward[ctx.backend](*grads, y, raw, tokens, channels, ctx.max_scale)
+            dx, dshift, draw = _part_backward[ctx.backend](*grads, y2, raw, tokens, channels, ctx.max_scale)
         return dx, dshift, draw, None, None, None, None
 
 
@@ -137,7 +143,7 @@ def affine_coupling(
 
     Returns:
         y [B, N, K] in x's dtype and logdet [B] in float32; under autocast both float32. Computed in float32.
-        Differentiable once in x, shift and raw_scale; the backward keeps y and raw_scale.
+        Differentiable once in x, shift and raw_scale; the backward keeps the changed part of y and raw_scale.
 
     Raises:
         TypeError: x, shift or raw_scale is not a floating-point tensor, or their dtypes differ; an index vector is

@@ -98,27 +98,36 @@ VLKERN_DTYPE(float)
 VLKERN_DTYPE(bf16)
 VLKERN_DTYPE(fp16)
 
-// Both directions: f(x, u, r, y, n, bound) on each piece, and the sums of what it returns.
+using Indices = std::optional<Tensor>;
+
+struct Mapped {
+  Tensor y, logdet, y2;
+};
+
+// Both directions: f(x, u, r, y, n, bound) on each piece, and the sums of what it returns. y2 only if
+// `apart`.
 template <class F>
-std::tuple<Tensor, Tensor> map(const Tensor& x_, const Tensor& shift, const Tensor& raw,
-                               const std::optional<Tensor>& tokens, const std::optional<Tensor>& channels,
-                               double max_scale, F f) {
+Mapped map(const Tensor& x_, const Tensor& shift, const Tensor& raw, const Indices& tokens,
+           const Indices& channels, double max_scale, bool apart, F f) {
   VLKERN_CHECK(shift.numel() == raw.numel() && x_.scalar_type() == raw.scalar_type() &&
                    x_.scalar_type() == shift.scalar_type(),
                "shift must have the shape of raw_scale, and both the dtype of x");
   Problem p(x_, raw, tokens, channels);
+  VLKERN_CHECK(!apart || !p.whole(), "expected tokens or channels");
   Tensor x = torch::stable::contiguous(x_), y = empty(x, shape_of(x), x.scalar_type());
-  Tensor logdet = empty(x, {p.B}, ScalarType::Float);
+  Tensor logdet = empty(x, {p.B}, ScalarType::Float),
+         y2 = apart ? empty(x, shape_of(raw), x.scalar_type()) : y;
   Bound most{float(max_scale), float(std::log(max_scale))};
   std::vector<float> sums(p.B * p.pieces);
   dispatch(x.scalar_type(), [&]<class T>() {
     Side<T> u(shift, p), r(raw, p);
     const T* in = x.const_data_ptr<T>();
-    T* out = y.mutable_data_ptr<T>();
+    T *out = y.mutable_data_ptr<T>(), *part = y2.mutable_data_ptr<T>();
     for_each_piece<T>(p, [&](Piece<T>& piece, int64_t task) {
       sums[task] = f(piece.part(in, 0), piece.rows(u, 1), piece.rows(r, 2), piece.open_part(out, 3),
                      piece.elements(), most);
       piece.close_part(in, out, 3);
+      if (apart) piece.copy_rows(part, 3);
     });
   });
   float* total = logdet.mutable_data_ptr<float>();
@@ -127,44 +136,53 @@ std::tuple<Tensor, Tensor> map(const Tensor& x_, const Tensor& shift, const Tens
     for (int64_t i = 0; i < p.pieces; ++i) sum += sums[b * p.pieces + i];
     total[b] = float(sum);
   }
-  return {y, logdet};
+  return {y, logdet, y2};
 }
 
+constexpr auto kForward = [](auto... args) { return forward(args...); };
+constexpr auto kInverse = [](auto... args) { return inverse(args...); };
+
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift, const Tensor& raw,
-                                           std::optional<Tensor> tokens, std::optional<Tensor> channels,
-                                           double max_scale) {
-  return map(x, shift, raw, tokens, channels, max_scale, [](auto... args) { return forward(args...); });
+                                           Indices tokens, Indices channels, double max_scale) {
+  Mapped to = map(x, shift, raw, tokens, channels, max_scale, false, kForward);
+  return {to.y, to.logdet};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_part(const Tensor& x, const Tensor& shift,
+                                                        const Tensor& raw, Indices tokens, Indices channels,
+                                                        double max_scale) {
+  Mapped to = map(x, shift, raw, tokens, channels, max_scale, true, kForward);
+  return {to.y, to.logdet, to.y2};
 }
 
 std::tuple<Tensor, Tensor> affine_coupling_inverse(const Tensor& y, const Tensor& shift, const Tensor& raw,
-                                                   std::optional<Tensor> tokens,
-                                                   std::optional<Tensor> channels, double max_scale) {
-  return map(y, shift, raw, tokens, channels, max_scale, [](auto... args) { return inverse(args...); });
+                                                   Indices tokens, Indices channels, double max_scale) {
+  Mapped to = map(y, shift, raw, tokens, channels, max_scale, false, kInverse);
+  return {to.y, to.logdet};
 }
 
-// dx, dshift (dx itself where all of x changes), draw
-std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_, const Tensor& grad_logdet_,
-                                             const Tensor& y_, const Tensor& raw,
-                                             const std::optional<Tensor>& tokens,
-                                             const std::optional<Tensor>& channels, double max_scale) {
-  VLKERN_CHECK(grad_.numel() == y_.numel() && grad_.scalar_type() == y_.scalar_type() &&
-                   y_.scalar_type() == raw.scalar_type() && grad_logdet_.scalar_type() == ScalarType::Float &&
-                   grad_logdet_.numel() == y_.size(0),
-               "grad must have the shape of y, and both the dtype of raw_scale");
-  Problem p(y_, raw, tokens, channels);
-  Tensor grad = torch::stable::contiguous(grad_), grad_logdet = torch::stable::contiguous(grad_logdet_),
-         y = torch::stable::contiguous(y_);
-  Tensor dx = empty(y, shape_of(y), y.scalar_type()), draw = empty(y, shape_of(raw), y.scalar_type());
-  Tensor dshift = p.whole() ? dx : empty(y, shape_of(raw), y.scalar_type());
+// dx, dshift (dx itself where all of x changes), draw; y is the part that changed
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_, const Tensor& grad_logdet_, const Tensor& y,
+                                             const Tensor& raw, const Indices& tokens,
+                                             const Indices& channels, double max_scale) {
+  VLKERN_CHECK(grad_.scalar_type() == y.scalar_type() && y.scalar_type() == raw.scalar_type() &&
+                   y.numel() == raw.numel() && grad_logdet_.scalar_type() == ScalarType::Float &&
+                   grad_logdet_.numel() == grad_.size(0),
+               "y must have the shape of raw_scale, and both the dtype of grad");
+  Problem p(grad_, raw, tokens, channels);
+  Tensor grad = torch::stable::contiguous(grad_), grad_logdet = torch::stable::contiguous(grad_logdet_);
+  Tensor dx = empty(grad, shape_of(grad), grad.scalar_type()),
+         draw = empty(grad, shape_of(raw), raw.scalar_type());
+  Tensor dshift = p.whole() ? dx : empty(grad, shape_of(raw), raw.scalar_type());
   const float* dl = grad_logdet.const_data_ptr<float>();
-  dispatch(y.scalar_type(), [&]<class T>() {
-    Side<T> r(raw, p);
-    const T *g = grad.const_data_ptr<T>(), *of = y.const_data_ptr<T>();
+  dispatch(grad.scalar_type(), [&]<class T>() {
+    Side<T> r(raw, p), of(y, p);
+    const T* g = grad.const_data_ptr<T>();
     T *out = dx.mutable_data_ptr<T>(), *of_shift = dshift.mutable_data_ptr<T>(),
       *of_raw = draw.mutable_data_ptr<T>();
     for_each_piece<T>(p, [&](Piece<T>& piece, int64_t) {
       T *d = piece.open_part(out, 3), *dr = piece.open_rows(of_raw, 4);
-      backward(piece.part(g, 0), piece.part(of, 1), piece.rows(r, 2), dl[piece.b()], d, dr, piece.elements(),
+      backward(piece.part(g, 0), piece.rows(of, 1), piece.rows(r, 2), dl[piece.b()], d, dr, piece.elements(),
                float(max_scale));
       piece.close_part(g, out, 3);
       piece.close_rows(of_raw, 4);
@@ -172,6 +190,13 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_, const Tensor& 
     });
   });
   return {dx, dshift, draw};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_part_backward(const Tensor& grad,
+                                                                 const Tensor& grad_logdet, const Tensor& y2,
+                                                                 const Tensor& raw, Indices tokens,
+                                                                 Indices channels, double max_scale) {
+  return gradients(grad, grad_logdet, y2, raw, tokens, channels, max_scale);
 }
 
 std::tuple<Tensor, Tensor> affine_coupling_backward(const Tensor& grad, const Tensor& grad_logdet,
@@ -186,7 +211,8 @@ STABLE_TORCH_LIBRARY_IMPL(vlkern, CPU, m) {
   m.impl("affine_coupling.cpu", TORCH_BOX(&affine_coupling));
   m.impl("affine_coupling_inverse.cpu", TORCH_BOX(&affine_coupling_inverse));
   m.impl("affine_coupling_backward.cpu", TORCH_BOX(&affine_coupling_backward));
-  m.impl("affine_coupling_part_backward.cpu", TORCH_BOX(&gradients));
+  m.impl("affine_coupling_part.cpu", TORCH_BOX(&affine_coupling_part));
+  m.impl("affine_coupling_part_backward.cpu", TORCH_BOX(&affine_coupling_part_backward));
 }
 
 }  // namespace vlkern

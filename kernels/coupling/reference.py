@@ -52,6 +52,19 @@ def affine_coupling(
     return with_part(x, tokens, channels, y2.to(x.dtype)), _sum(F.logsigmoid(wide) + math.log(max_scale))
 
 
+def affine_coupling_part(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    raw: torch.Tensor,
+    tokens: torch.Tensor | None,
+    channels: torch.Tensor | None,
+    max_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As affine_coupling, with the part of y that changed, [B, n, k], for the backward."""
+    y, logdet = affine_coupling(x, shift, raw, tokens, channels, max_scale)
+    return y, logdet, part(y, tokens, channels)
+
+
 def affine_coupling_inverse(
     y: torch.Tensor,
     shift: torch.Tensor,
@@ -80,13 +93,12 @@ def affine_coupling_backward(
 def affine_coupling_part_backward(
     grad: torch.Tensor,
     grad_logdet: torch.Tensor,
-    y: torch.Tensor,
+    y2: torch.Tensor,
     raw: torch.Tensor,
     tokens: torch.Tensor | None,
     channels: torch.Tensor | None,
     max_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Likewise where a part changes: dx [B, N, K], dshift and draw [B, n, k]."""
-    grad2, y2 = part(grad, tokens, channels), part(y, tokens, channels)
-    dshift, draw = affine_coupling_backward(grad2, grad_logdet, y2, raw, max_scale)
+    dshift, draw = affine_coupling_backward(part(grad, tokens, channels), grad_logdet, y2, raw, max_scale)
     return with_part(grad, tokens, channels, dshift), dshift, draw

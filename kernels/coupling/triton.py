@@ -73,10 +73,11 @@ def _sigmoid(r):
 
 @triton.jit
 def _map(
-    p_x, p_u, p_r, p_y, p_sums, p_slot, p_channel_slot, N, K, u_b, u_s, r_b, r_s, S, log_S,
-    INVERSE: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_u, p_r, p_y, p_y2, p_sums, p_slot, p_channel_slot, N, K, n, k, u_b, u_s, r_b, r_s, S, log_S,
+    INVERSE: tl.constexpr, APART: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # grid (B ceil(N / ROWS) ceil(K / BLOCK),); u and r [B, n, k] have strides (b, s, 1)
+    # grid (B ceil(N / ROWS) ceil(K / BLOCK),); u and r [B, n, k] have strides (b, s, 1); y2 only if APART
     b, at, m, changes, s, t = _place(N, K, p_slot, p_channel_slot, TOKENS, CHANNELS, ROWS, BLOCK)
     b_x = tl.load(p_x + at, m, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     b_u = tl.load(p_u + b * u_b + s * u_s + t, changes, other=0.0).to(tl.float32)
@@ -84,6 +85,8 @@ def _map(
     scale, _, log = _sigmoid(b_r)
     b_y = b_x / (S * scale) - b_u if INVERSE else (b_x + b_u) * (S * scale)
     tl.store(p_y + at, tl.where(changes, b_y, b_x).to(p_y.dtype.element_ty), m)
+    if APART:
+        tl.store(p_y2 + (b * n + s) * k + t, b_y.to(p_y2.dtype.element_ty), changes)
     total = tl.sum(tl.sum(tl.where(changes, log + log_S, 0.0), 1), 0)
     tl.store(p_sums + tl.program_id(0), -total if INVERSE else total)
 
@@ -93,16 +96,16 @@ def _bwd(
     p_g, p_dl, p_y, p_r, p_dx, p_du, p_dr, p_slot, p_channel_slot, N, K, n, k, r_b, r_s, S,
     PART: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # grid as _map; du only where a PART changes
+    # grid as _map; y [B, n, k] is what changed; du only where that is a PART
     b, at, m, changes, s, t = _place(N, K, p_slot, p_channel_slot, TOKENS, CHANNELS, ROWS, BLOCK)
     b_g = tl.load(p_g + at, m, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-    b_y = tl.load(p_y + at, changes, other=0.0).to(tl.float32)
+    of_part = (b * n + s) * k + t
+    b_y = tl.load(p_y + of_part, changes, other=0.0).to(tl.float32)
     b_r = tl.load(p_r + b * r_b + s * r_s + t, changes, other=0.0).to(tl.float32)
     scale, one_minus, _ = _sigmoid(b_r)
     b_dx = b_g * (S * scale)
     b_dr = (b_g * b_y + tl.load(p_dl + b)) * one_minus
     tl.store(p_dx + at, tl.where(changes, b_dx, b_g).to(p_dx.dtype.element_ty), m)
-    of_part = (b * n + s) * k + t
     tl.store(p_dr + of_part, b_dr.to(p_dr.dtype.element_ty), changes)
     if PART:
         tl.store(p_du + of_part, b_dx.to(p_du.dtype.element_ty), changes)
@@ -166,20 +169,23 @@ def _both_ways(
     tokens: torch.Tensor | None,
     channels: torch.Tensor | None,
     max_scale: float,
-    inverse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    *,
+    inverse: bool = False,
+    apart: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     y, logdet = torch.empty_like(x), x.new_zeros(x.shape[0], dtype=torch.float32)
+    y2 = torch.empty_like(raw, memory_format=torch.contiguous_format) if apart else y
     if x.numel():
         at = _launch(x, [shift, raw], tokens, channels)
         u, r = _rows(shift, at.part), _rows(raw, at.part)
         sums = logdet.new_empty(at.grid)
         _map[at.grid](
-            x, u, r, y, sums, *at.slots, *at.shape[1:], *u.stride()[:2], *r.stride()[:2],
-            max_scale, math.log(max_scale), inverse, **at.options,
+            x, u, r, y, y2, sums, *at.slots, *at.shape[1:], *at.part[1:], *u.stride()[:2], *r.stride()[:2],
+            max_scale, math.log(max_scale), inverse, apart, **at.options,
         )  # fmt: skip
         logdet = sums.view(x.shape[0], -1).sum(1)
-    return y, logdet
+    return y, logdet, y2
 
 
 def affine_coupling(
@@ -191,7 +197,19 @@ def affine_coupling(
     max_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.py."""
-    return _both_ways(x, shift, raw, tokens, channels, max_scale, False)
+    return _both_ways(x, shift, raw, tokens, channels, max_scale)[:2]
+
+
+def affine_coupling_part(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    raw: torch.Tensor,
+    tokens: torch.Tensor | None,
+    channels: torch.Tensor | None,
+    max_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See reference.py."""
+    return _both_ways(x, shift, raw, tokens, channels, max_scale, apart=True)
 
 
 def affine_coupling_inverse(
@@ -203,28 +221,28 @@ def affine_coupling_inverse(
     max_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See reference.py."""
-    return _both_ways(y, shift, raw, tokens, channels, max_scale, True)
+    return _both_ways(y, shift, raw, tokens, channels, max_scale, inverse=True)[:2]
 
 
 def affine_coupling_part_backward(
     grad: torch.Tensor,
     grad_logdet: torch.Tensor,
-    y: torch.Tensor,
+    y2: torch.Tensor,
     raw: torch.Tensor,
     tokens: torch.Tensor | None,
     channels: torch.Tensor | None,
     max_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See reference.py."""
-    grad, grad_logdet, y = grad.contiguous(), grad_logdet.contiguous(), y.contiguous()
-    dx, draw = torch.empty_like(y), torch.empty_like(raw, memory_format=torch.contiguous_format)
+    grad, grad_logdet, y2 = grad.contiguous(), grad_logdet.contiguous(), y2.contiguous()
+    dx, draw = torch.empty_like(grad), torch.empty_like(raw, memory_format=torch.contiguous_format)
     part = tokens is not None or channels is not None
     dshift = torch.empty_like(draw) if part else dx
-    if y.numel():
-        at = _launch(y, [raw], tokens, channels)
+    if grad.numel():
+        at = _launch(grad, [raw], tokens, channels)
         r = _rows(raw, at.part)
         _bwd[at.grid](
-            grad, grad_logdet, y, r, dx, dshift, draw, *at.slots, *at.shape[1:], *at.part[1:], *r.stride()[:2],
+            grad, grad_logdet, y2, r, dx, dshift, draw, *at.slots, *at.shape[1:], *at.part[1:], *r.stride()[:2],
             max_scale, part, **at.options,
         )  # fmt: skip
     return dx, dshift, draw
