@@ -32,7 +32,7 @@ _op = Op(
         "fsq_dequantize": "(Tensor codes, Tensor indices, int[] levels) -> Tensor",
     },
     reference=reference,
-    backends=("cpu",),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
 )

@@ -1,6 +1,7 @@
 """What a list of levels means: thresholds of digits, codes, strides of the index, the bound's slope."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -81,7 +82,18 @@ def _codes(levels: tuple[int, ...], symmetric: bool) -> list[float]:
     return [(a * digit - b) / c for level, a, b, c in fractions for digit in range(level)]
 
 
-_MAKERS = {"thresholds": _thresholds, "slopes": _slopes, "codes": _codes}
+def _columns(levels: tuple[int, ...], symmetric: bool) -> list[list[int]]:
+    """For every channel its levels, the place of its first threshold, and the stride of its digit in the index."""
+    firsts = [sum(levels[:c]) - c for c in range(len(levels))]
+    return [list(levels), firsts, [math.prod(levels[:c]) for c in range(len(levels))]]
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "thresholds": _thresholds,
+    "slopes": _slopes,
+    "codes": _codes,
+    "columns": _columns,
+}
 
 
 def _make(name: str, levels: tuple[int, ...], symmetric: bool, dtype: torch.dtype, device: torch.device) -> Any:
@@ -94,7 +106,7 @@ _kept = lru_cache(_make)
 def constant(
     name: str, levels: tuple[int, ...], symmetric: bool, dtype: torch.dtype, like: torch.Tensor
 ) -> torch.Tensor:
-    """The "thresholds" [sum of L - 1], "slopes" [2, d] or "codes" [sum of L] on the device of `like`.
+    """The "thresholds" [sum of L - 1], "slopes" [2, d], "codes" [sum of L] or "columns" [3, d] on `like`'s device.
 
     Made once and kept, except inside a graph or for tensors without data, where they belong to the tracer.
     """
