@@ -28,6 +28,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="vlkern-aot-")
 
 import torch
 import triton
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -82,8 +83,8 @@ def raw_calls(op: Op, sample: Any, dtype: torch.dtype) -> list[Call]:
         public(*args, **kwargs)
         if op.differentiable:
             wanted = [a.requires_grad_() for a in args if is_float(a)]
-            out = public(*args, **kwargs)
-            torch.autograd.grad(out, wanted, torch.empty_like(out))
+            out = [t for t in tree_leaves(public(*args, **kwargs)) if t.requires_grad]
+            torch.autograd.grad(out, wanted, [torch.empty_like(t) for t in out])
     return calls
 
 
