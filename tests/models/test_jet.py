@@ -125,6 +125,8 @@ def test_tokens_and_orders():
     waves = flow.tokens(pixels)
     assert torch.allclose(waves, to_tokens(pixels, 2) @ cosines(2, 3).T)
     assert torch.allclose(flow.pixels(waves), pixels, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flow.tokens(pixels), waves)
     flat = flow.tokens(torch.full((1, 3, 8, 8), 0.5))
     assert torch.allclose(flat[..., :1], torch.tensor(0.5 * 12**0.5)) and flat[..., 1:].abs().max() < 1e-6
     assert sorted(channel_order(48).tolist()) == list(range(48))

@@ -242,6 +242,12 @@ class Coupling(nn.Module):
         return self.undo(y_BNK, *self.predict(self.look(y_BNK), context_BME))
 
 
+def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """x @ matrix in the dtype of x, under autocast too: these are the data."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ matrix.to(x.dtype)
+
+
 class Jet(nn.Module):
     """The flow: x -> z with log |det dz/dx|, and back.
 
@@ -283,12 +289,12 @@ class Jet(nn.Module):
         if t.dim() != 4 or tuple(t.shape[1:]) != (c.channels, c.image_size, c.image_size):
             raise ValueError(f"pixels must be [B, {c.channels}, {c.image_size}, {c.image_size}], got {list(t.shape)}")
         x_BNK = to_tokens(t, c.patch)
-        return x_BNK if self.basis is None else F.linear(x_BNK, self.basis)
+        return x_BNK if self.basis is None else _product(x_BNK, self.basis.t())
 
     def pixels(self, x_BNK: torch.Tensor) -> torch.Tensor:
         """[B, N, K] -> pictures [B, C, S, S]: undoes `tokens`."""
         c = self.config
-        return to_pixels(x_BNK if self.basis is None else x_BNK @ self.basis, c.grid, c.grid, c.patch)
+        return to_pixels(x_BNK if self.basis is None else _product(x_BNK, self.basis), c.grid, c.grid, c.patch)
 
     def _check(self, name: str, value: torch.Tensor, context: torch.Tensor | None) -> None:
         c = self.config
