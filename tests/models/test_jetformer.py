@@ -10,6 +10,7 @@ from peers import randomize
 
 import vlkern
 from vlkern import flows, models, ops
+from vlkern.bench import jetformer as bench
 from vlkern.generation import jetformer as sampling
 from vlkern.layers.init import shapes_only
 from vlkern.models.jet import JetConfig
@@ -267,3 +268,18 @@ def test_pictures_have_the_range_of_pictures():
     pixels = sampling.sample(model, model.unlabelled(2))
     assert pixels.shape == (2, 3, 8, 8) and float(pixels.abs().max()) <= 1 and float(pixels.std()) > 0.1
     assert flows.quantise(pixels).dtype == torch.uint8
+
+
+def test_benchmark_compares_the_same():
+    """A token from the cache and from whole rows, again and again; what is weighed is what is there."""
+    model = build(VARIANTS["classes"])
+    for place in (1, 3):
+        event = bench.event(model, "token", 2, place)
+        calls = [make() for make in event.enter(torch.float32).values()]
+        for call in (*calls, *calls):
+            assert_close(call(), event.truth().float(), 1e-5)
+    layers = sum(p.numel() for layer in model.language.model.layers for p in layer.parameters() if p.dim() == 2)
+    keys = 4 * 2 * 2 * 8 * (3 + 2 + 3)
+    assert bench.bytes_of_step(model.config, 2, 3, torch.float32) == 4 * (
+        layers + model.image_head.weight.numel() + keys
+    )

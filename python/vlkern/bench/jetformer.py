@@ -31,7 +31,7 @@ def rows(model: JetFormer, pictures: int, place: int) -> torch.Tensor:
     words = model.words(torch.cat([ids, model.unlabelled(pictures)]))
     soft = torch.randn(pictures, c.tokens, c.modelled, generator=g).repeat(2, 1, 1).to(model.image_head.weight.dtype)
     parts = (model.embed(words).flatten(0, 1), model.embed_image(soft).flatten(0, 1), model.special())
-    index = model.layout(ids.shape[1], None, torch.ones(2 * pictures, dtype=torch.bool)).index
+    index = model.layout(ids.shape[1], None, torch.ones(2 * pictures, dtype=torch.bool)).source
     return torch.cat(parts)[index.view(2 * pictures, -1)[:, : words.shape[1] + c.specials + place]]
 
 

@@ -9,6 +9,8 @@ guidance   rows with and without their text in one batch; a soft token is drawn 
 B pictures   N tokens of K numbers, d of them modelled   L words   R rows in the caches, B or 2 B   D width
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -32,8 +34,8 @@ def _prompts(
         ids.shape[1], None if lengths is None else lengths.long(), torch.ones(len(ids), dtype=torch.bool).to(ids.device)
     )
     soft = len(ids) * c.tokens
-    text = (layout.index < words.numel()) | (layout.index >= words.numel() + soft)
-    index = layout.index[text]
+    text = (layout.source < words.numel()) | (layout.source >= words.numel() + soft)
+    index = layout.source[text]
     x_TD = torch.cat([model.embed(words).flatten(0, 1), model.special()])[
         torch.where(index < words.numel(), index, index - soft)
     ]
@@ -83,7 +85,7 @@ def sample_tokens(
     c = model.config
     if not _checks.number("guidance", guidance) >= 0:
         raise ValueError(f"guidance must be at least 0, got {guidance}")
-    options = {
+    options: dict[str, Any] = {
         "dims": c.modelled, "temperature": temperature, "mixture_temperature": mixture_temperature,
         "generator": generator,
     }  # fmt: skip
@@ -165,7 +167,7 @@ def caption(
     soft = model.embed_image(model.encode(pixels)[0][..., : c.modelled]).flatten(0, 1)
     # A row of one word lacks that word: it is what comes next.
     layout = model.layout(1, None, torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device))
-    x_TD = torch.cat([soft, model.special()])[layout.index - len(pixels)]
+    x_TD = torch.cat([soft, model.special()])[layout.source - len(pixels)]
     caches, hidden = _begin(model, x_TD, layout.cu_seqlens, layout.until, count)
     found: list[torch.Tensor] = []
     while True:

@@ -22,7 +22,7 @@ Source: Tschannen et al., JetFormer: An Autoregressive Generative Model of Raw I
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,9 @@ class JetFormerConfig:
 
 def _paper(depth: int, width: int, block_depth: int, classes: bool) -> JetFormerConfig:
     flow = JetConfig(16, 1, 768, depth=32, block_depth=block_depth, width=512, heads=8, kinds=("channels",))
-    text = {"vocabulary": 1003, "text_length": 1, "repeats": 16, "tied": True} if classes else {"vocabulary": 32_003}
+    text: dict[str, Any] = (
+        {"vocabulary": 1003, "text_length": 1, "repeats": 16, "tied": True} if classes else {"vocabulary": 32_003}
+    )
     return JetFormerConfig(
         flow, 16, 128, 1024, width=width, depth=depth, heads=16, head_dim=width // 16, mlp=4 * width, dropout=0.1,
         **text,
@@ -173,14 +175,14 @@ PRESETS = {
 class Layout(NamedTuple):
     """Rows of a batch, one behind the other.
 
-    index       [T] int64, what lies there: an element of [words of the texts, soft tokens, bos, boi]
+    source      [T] int64, what lies there: an element of [words of the texts, soft tokens, bos, boi]
     cu_seqlens  [B + 1] int32
     until       [T] int32, the last place of its row that each element sees; None: its own
     image       [B, N] int64, the places whose output predicts the soft tokens
     text        [B, L] int64, likewise the words; beyond the text any place of the row
     """
 
-    index: torch.Tensor
+    source: torch.Tensor
     cu_seqlens: torch.Tensor
     until: torch.Tensor | None
     image: torch.Tensor
@@ -233,8 +235,8 @@ class JetFormer(nn.Module):
             nn.init.normal_(self.text_head.weight)
             nn.init.zeros_(self.text_head.bias)
         if c.dropout:
-            for layer in self.language.model.layers:
-                for part in (layer.self_attn, layer.mlp):
+            for name, part in self.language.named_modules():
+                if name.endswith(("self_attn", "mlp")):
                     part.register_forward_hook(partial(_drop, c.dropout))
 
     def blocks(self) -> list[nn.Module]:
@@ -365,7 +367,7 @@ class JetFormer(nn.Module):
         layout = self.layout(ids.shape[1], None if lengths is None else lengths.long(), text_first)
         parts = (self.embed(words).flatten(0, 1), self.embed_image(soft_BNd).flatten(0, 1), self.special())
         # Autocast gives the projection in bfloat16; the sums of the layers stay in the dtype of the parameters.
-        x_TD = torch.cat([part.to(parts[0].dtype) for part in parts])[layout.index]
+        x_TD = torch.cat([part.to(parts[0].dtype) for part in parts])[layout.source]
         hidden = self.language.hidden(x_TD, layout.cu_seqlens, until=layout.until)
         return Outputs(self.normed(hidden[layout.image], "image"), self.normed(hidden[layout.text], "text"))
 
