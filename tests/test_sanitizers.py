@@ -1,4 +1,4 @@
-"""The native code under AddressSanitizer and UndefinedBehaviorSanitizer: every sample of every op, and packing."""
+"""The native code under AddressSanitizer and UndefinedBehaviorSanitizer: samples of every op, packing, entropy coding."""
 
 import os
 import shutil
@@ -30,6 +30,7 @@ from pathlib import Path
 import sys
 import numpy as np
 import torch, vlkern
+from vlkern import coding
 from vlkern._op import REGISTRY
 from vlkern.packing import METHODS, pack
 from vlkern.testing import differentiate, evaluate
@@ -49,6 +50,19 @@ for name, op in REGISTRY.items():
 for method in METHODS:
     for n in (0, 1, 2, 3, 1000):
         pack(np.random.default_rng(n).integers(1, 101, n), 100, method=method)
+tables, draw = coding.gaussian_tables(coding.SCALES[:40]), np.random.default_rng(0)
+index = torch.from_numpy(draw.integers(0, 40, 200, dtype=np.int32))
+symbols = torch.from_numpy(draw.integers(-(2**31), 2**31, 200) >> draw.integers(0, 32, 200)).int()
+for lanes in (1, 3):
+    [stream] = coding.encode(symbols, tables, index, lanes=lanes)
+    assert torch.equal(coding.decode([stream], tables, index, lanes=lanes), symbols)
+    for _ in range(1000):
+        damaged = bytearray(stream[: draw.integers(1, len(stream) + 1)])
+        damaged[draw.integers(len(damaged))] ^= 1 << draw.integers(8)
+        try:
+            coding.decode([bytes(damaged)], tables, index, lanes=lanes)
+        except coding.DamagedStream:
+            pass
 print("done")
 """
 
