@@ -1,4 +1,4 @@
-"""The native code under AddressSanitizer and UndefinedBehaviorSanitizer: samples of every op, packing, entropy coding."""
+"""The native code under AddressSanitizer and UndefinedBehaviorSanitizer: ops, packing and entropy coding."""
 
 import os
 import shutil
