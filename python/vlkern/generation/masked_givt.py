@@ -126,9 +126,9 @@ def steps(
     _checks.number("choice_temperature", choice_temperature)
     guided, device = sampler.guidance > 0, model.position_embedding.device
     drawn = sampler.draws(model.head) if draw is None else draw
-    given, drop = both(model, labels) if guided else (labels, None)
+    rows, drop = both(model, labels) if guided else (labels, None)
     batch = labels if isinstance(labels, int) else len(labels)
-    given = None if isinstance(given, int) else given
+    given = None if isinstance(rows, int) else rows
     tokens = torch.zeros(batch, c.length, c.channels, device=device)
     hidden = torch.ones(batch, c.length, dtype=torch.bool, device=device)
 

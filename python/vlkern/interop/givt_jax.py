@@ -84,7 +84,7 @@ def knows(names: Collection[str], entries: Mapping[str, Any]) -> bool:
     return _root(names) is not None
 
 
-def _blocks(table: Table, folder: str, depth: int, axis: int | None) -> dict[str, Source]:
+def _blocks(table: Table, folder: str, depth: int, axis: int, *, stacked: bool) -> dict[str, Source]:
     """Of the blocks folder0, folder1, ..., or of their stack along this axis, whose name has no number."""
 
     def layer(layout: Layout, i: int) -> Layout:
@@ -93,10 +93,10 @@ def _blocks(table: Table, folder: str, depth: int, axis: int | None) -> dict[str
                 raise ValueError(f"expected {depth} layers, got {stack.shape[axis]}")
             return layout(stack.select(axis, i))
 
-        return layout if axis is None else of_stack
+        return of_stack if stacked else layout
 
     return {
-        f"layers.{i}.{ours}": Source((f"{folder}{i if axis is None else ''}/{theirs}",), layer(layout, i))
+        f"layers.{i}.{ours}": Source((f"{folder}{'' if stacked else i}/{theirs}",), layer(layout, i))
         for i in range(depth)
         for ours, (theirs, layout) in table.items()
     }
@@ -106,11 +106,11 @@ def sources(c: GivtConfig, root: str, *, stacked: bool) -> dict[str, Source]:
     """Parameter of Givt -> arrays whose names begin with `root`; without an adaptor."""
     found = {ours: Source((root + theirs,), layout) for ours, (theirs, layout) in _MODEL.items()}
     block = _BLOCK if c.encoder is None else _BLOCK | _CROSS
-    found |= _blocks(block, f"{root}decoder/EncDecBlock", c.depth, 1 if stacked else None)
+    found |= _blocks(block, f"{root}decoder/EncDecBlock", c.depth, 1, stacked=stacked)
     if c.encoder is not None:
         found |= {f"encoder.{ours}": Source((root + theirs,), layout) for ours, (theirs, layout) in _ENCODER.items()}
         folder = f"{root}encoder/encoderblock{'' if stacked else '_'}"
-        inside = _blocks(BLOCK, folder, c.encoder.depth, 0 if stacked else None)
+        inside = _blocks(BLOCK, folder, c.encoder.depth, 0, stacked=stacked)
         found |= {f"encoder.encoder.{name}": source for name, source in inside.items()}
     return found
 

@@ -279,7 +279,12 @@ class Givt(nn.Module):
         batch, patches, _ = encoded_BMD.shape
         example = torch.arange(batch * places, dtype=torch.int32, device=encoded_BMD.device) // places
         rows = Rows(example * patches, (example + 1) * patches)
-        return [Seen(*layer.cross_attn.keys(encoded_BMD.flatten(0, 1)), rows) for layer in self.layers]
+        found: list[Seen | None] = []
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            k, v = layer.cross_attn.keys(encoded_BMD.flatten(0, 1))
+            found.append(Seen(k, v, rows))
+        return found
 
     def hidden(
         self,

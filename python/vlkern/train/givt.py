@@ -59,7 +59,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     stored, settings = pictures.begin(args, ranks, "givt", NAMES, PRESET)
     autoencoder = pictures.autoencoder(args, settings, Vae)
     model = pictures.pretrained(settings, Givt)
-    preset = None if model is not None else pictures.config_of(settings, PRESETS)
+    if model is None:
+        preset = pictures.config_of(settings, PRESETS)
     pairs = common.open_pairs(args, settings, autoencoder.config.image_size, stored, settings["class_key"])
     classes = pictures.classes_of(args, settings, pairs)
     if model is None:
