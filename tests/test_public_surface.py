@@ -28,6 +28,7 @@ NAMES = {
         "linear_cross_entropy",
         "linear_gmm_nll",
         "linear_log_probs",
+        "masked_decode_step",
         "norm_rope",
         "rms_norm",
         "rope_append",

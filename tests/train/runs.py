@@ -18,7 +18,7 @@ import shards
 import torch
 from PIL import Image
 
-from vlkern.models import fsq_autoencoder, givt, jet, jetformer, navit, paligemma, vae
+from vlkern.models import fsq_autoencoder, givt, jet, jetformer, maskgit, navit, paligemma, vae
 from vlkern.models.conv_autoencoder import ConvConfig
 from vlkern.models.gemma import GemmaConfig
 from vlkern.models.jet import JetConfig
@@ -51,6 +51,8 @@ FSQ = fsq_autoencoder.FsqConfig((4, 3), 8, 8, CONVOLUTIONS)
 VAE = vae.VaeConfig(2, 8, (1, 2), network=CONVOLUTIONS)
 #: The presets "givt-test" and "givt-masked-test"; the autoencoder and the classes say the rest.
 GIVT = givt.GivtConfig(16, 1, 2, 24, length=1, channels=1, components=2)
+#: The preset "maskgit-test"; the autoencoder and the classes say the rest.
+MASKGIT = maskgit.MaskGitConfig(16, 2, 2, 24, tokens=1, codes=1, classes=1, image_size=1)
 #: The preset "jet-test".
 JET = jet.JetConfig(8, 2, depth=5, block_depth=1, width=16, heads=2, basis="cosines")
 #: Where a rank can be made to kill itself: calls that make files durable or visible.
@@ -84,6 +86,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
     givt.PRESETS["givt-test"] = GIVT
     givt.PRESETS["givt-masked-test"] = replace(GIVT, style="masked")
     jet.PRESETS["jet-test"] = JET
+    maskgit.PRESETS["maskgit-test"] = MASKGIT
     paligemma.PRESETS["paligemma-test"] = PALIGEMMA
     jetformer.PRESETS["jetformer-test"] = JETFORMER
     fsq_autoencoder.PRESETS["fsq-test"] = FSQ
