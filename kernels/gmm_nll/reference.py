@@ -14,7 +14,7 @@ def _wide(t: torch.Tensor) -> torch.Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-class _Terms:
+class Terms:
     """All that loss and gradient are made of. Shapes are [N, k, d] for "joint", and for "per_channel" [N, d, k, 1]."""
 
     def __init__(self, params: torch.Tensor, target: torch.Tensor, joint: bool, min_scale: float) -> None:
@@ -43,7 +43,7 @@ def gmm_nll(
     params [N, P], target [N, d]. Returns nll, [N] if joint, else [N, d]; and, for the backward of a joint mixture, the
     logit plus the log-density of each component [N, k] ([N, 0] for the others).
     """
-    terms = _Terms(params, target, joint, min_scale)
+    terms = Terms(params, target, joint, min_scale)
     nll = terms.logits.logsumexp(-1) - terms.log_weights.logsumexp(-1)
     return nll, terms.log_weights.contiguous() if joint else nll.new_empty(nll.shape[0], 0)
 
@@ -57,7 +57,7 @@ def gmm_nll_backward(
     min_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of sum(nll * grad): d_params [N, P] and d_target [N, d], each in the dtype of its tensor."""
-    t = _Terms(params, target, joint, min_scale)
+    t = Terms(params, target, joint, min_scale)
     g = grad.to(t.u.dtype)[..., None]
     share = t.log_weights.softmax(-1)  # of each component in the density
     d_logits = g * (t.logits.softmax(-1) - share)

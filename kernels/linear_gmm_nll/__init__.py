@@ -51,7 +51,7 @@ _op = Op(
         ),
     },
     reference=reference,
-    backends=(),
+    backends=("cpu", "triton"),
     bind=_bind,
     work=samples.work,
 )
