@@ -137,9 +137,9 @@ def _imagenet(size: str, *, dropout: float | None = None, **more: Any) -> GivtCo
 
 #: The sizes of the paper, and two that train on a laptop.
 PRESETS = {
-    "givt-tiny": GivtConfig(192, 6, 6, 768, length=64, channels=4, components=16, labels=16, image_size=32),
+    "givt-tiny": GivtConfig(128, 6, 4, 512, length=64, channels=4, components=16, labels=16, image_size=32),
     "givt-masked-tiny": GivtConfig(
-        192, 6, 6, 768, length=64, channels=4, components=16, labels=16, style="masked", image_size=32
+        128, 6, 4, 512, length=64, channels=4, components=16, labels=16, style="masked", image_size=32
     ),
     "givt-causal-base-256": _imagenet("base"),
     "givt-causal-256": _imagenet("default"),
