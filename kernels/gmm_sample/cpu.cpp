@@ -9,7 +9,7 @@
 namespace vlkern {
 namespace {
 
-constexpr float kReach = 10.0f, kNarrow = 4.0f;  // as in reference.py
+constexpr float kReach = 10.0f, kNarrow = 1.0f;  // as in reference.py
 
 // weights = exp((logits - max) temperature)
 template <class T>

@@ -8,8 +8,8 @@ from vlkern import _mixture
 
 #: The maximum of a guided density is sought no farther than this from the conditional mean.
 REACH = 10.0
-#: A guided density so many times narrower than the proposal is proposed from itself.
-NARROW = 4.0
+#: A guided density so many times narrower than GIVT's proposal is proposed from itself.
+NARROW = 1.0
 
 
 def _wide(t: torch.Tensor) -> torch.Tensor:
