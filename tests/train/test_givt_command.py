@@ -76,7 +76,7 @@ def test_two_ranks_and_a_resumed_run_learn_the_same(shard, autoencoder, unbroken
         options(shard, autoencoder, folder, "--steps", STEPS, "--save-every", 1), tmp_path / "said", event=20
     )
     assert runs.wait(ranks) != [0]
-    runs.run(["train", "givt", "--out", folder, "--resume"], tmp_path / "again", world=2)
+    runs.run(["train", "givt", "--out", folder, "--resume", "--parallel", "fsdp"], tmp_path / "again", world=2)
     ours, theirs = runs.weights(folder), runs.weights(unbroken)
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, atol=1e-4), name
