@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlkern.bench import decoding, heads, tokens
+from vlkern.bench import couplings, decoding, draws, heads, mixtures, tokens
 
 Function = Callable[..., Any]
 
@@ -256,6 +256,15 @@ def _flex_decoding() -> Function:
 
 
 RACES: dict[str, Race] = {
+    "coupling": Race(
+        ceiling="copy",
+        # forward: read x, shift and raw, write y. backward: read y, raw and grad, write dx and draw.
+        share={"forward": 1.0, "forward+backward": 2.25},
+        rivals=(
+            Contestant("eager", partial(_plain, couplings.affine_coupling)),
+            Contestant("torch.compile", partial(_compiled, couplings.affine_coupling), compiled=True),
+        ),
+    ),
     "decode_attention": Race(
         ceiling="read",
         share={"forward": 1.0},
@@ -284,6 +293,24 @@ RACES: dict[str, Race] = {
             Contestant("torch.compile", partial(_compiled, geglu_formula), compiled=True),
         ),
     ),
+    "gmm_nll": Race(
+        ceiling="copy",
+        # forward: read the parameters. backward: read them again, write their gradient.
+        share={"forward": 1.0, "forward+backward": 3.0},
+        rivals=(
+            Contestant("eager", partial(_plain, mixtures.nll)),
+            Contestant("torch.compile", partial(_compiled, mixtures.nll), compiled=True),
+            Contestant("torch.distributions", partial(_plain, mixtures.distribution_nll)),
+        ),
+    ),
+    "gmm_sample": Race(
+        ceiling="read",
+        share={"forward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, draws.gmm_sample)),
+            Contestant("torch.compile", partial(_compiled, draws.gmm_sample), compiled=True),
+        ),
+    ),
     "interval_attention": Race(
         ceiling="matmul",
         # The backward does five products, the forward two.
@@ -302,6 +329,15 @@ RACES: dict[str, Race] = {
             Contestant("torch.compile", partial(_compiled, linear_formula), compiled=True),
         ),
     ),
+    "linear_gmm_nll": Race(
+        ceiling="matmul",
+        # Of the three matmuls the forward does one.
+        share={"forward": 1 / 3, "forward+backward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, mixtures.linear_nll)),
+            Contestant("torch.compile", partial(_compiled, mixtures.linear_nll), compiled=True),
+        ),
+    ),
     "linear_cross_entropy": Race(
         ceiling="matmul",
         # Of the three matmuls the forward does one.
@@ -312,6 +348,14 @@ RACES: dict[str, Race] = {
             Contestant("F.linear_cross_entropy", _torch_linear_cross_entropy),
             Contestant("liger", _liger_cross_entropy),
             Contestant("cut_cross_entropy", _cut_cross_entropy),
+        ),
+    ),
+    "masked_decode_step": Race(
+        ceiling="read",
+        share={"forward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, tokens.masked_decode_step)),
+            Contestant("torch.compile", partial(_compiled, tokens.masked_decode_step), compiled=True),
         ),
     ),
     "norm_rope": Race(
