@@ -52,7 +52,8 @@ class Inputs:
                 return value
             return value.detach().to(dtype or value.dtype, copy=True)
 
-        result = Inputs(tuple(moved(a) for a in self.args), self.kwargs, tuple(moved(g) for g in self.grads))
+        kwargs = {name: moved(value) for name, value in self.kwargs.items()}
+        result = Inputs(tuple(moved(a) for a in self.args), kwargs, tuple(moved(g) for g in self.grads))
         for leaf in result.leaves:
             leaf.requires_grad_()
         return result

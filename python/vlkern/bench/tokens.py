@@ -1,4 +1,4 @@
-"""Finite scalar quantization as its notebook writes it, and vector-quantize-pytorch's: rivals of fsq."""
+"""Rivals of fsq, its notebook and vector-quantize-pytorch, and of masked_decode_step, the lines of MaskGIT's loop."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -42,3 +42,32 @@ def lucidrains(module: ModuleType) -> Callable[..., Quantized]:
         return codes.view(z.shape), indices.view(z.shape[:-1])
 
     return run
+
+
+def masked_decode_step(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    count: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    mask: int,
+    temperature: float = 0.0,
+    unconditional: torch.Tensor | None = None,
+    guidance: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Softmax, cumulative sums and a search with the same numbers; log p by gather, Gumbel noise, a sort and a cut."""
+    z = logits.float()
+    if unconditional is not None:
+        z = z + guidance * (z - unconditional.float())
+    p = z.softmax(-1)
+    sums = p.cumsum(-1)
+    drawn = torch.searchsorted(sums, noise[..., :1] * sums[..., -1:], right=True).clamp(max=z.shape[-1] - 1)
+    unknown = ids == mask
+    log_p = torch.where(unknown, p.gather(-1, drawn)[..., 0].log(), 0.0)
+    filled = torch.where(unknown, drawn[..., 0], ids)
+    gumbel = -(-noise[..., 1].clamp(1e-10).log()).log()
+    confidence = torch.where(unknown, log_p + temperature * gumbel, torch.inf)
+    cut = confidence.sort(-1).values.gather(
+        1, torch.minimum(count, unknown.sum(1)).clamp(max=ids.shape[1] - 1)[:, None]
+    )
+    return torch.where(confidence < cut, mask, filled), filled, log_p
