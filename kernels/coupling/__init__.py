@@ -197,6 +197,7 @@ def affine_coupling_inverse(
     Source: as there.
 
     Example:
+        >>> x, shift, raw_scale = torch.randn(3, 4, 64, 24).unbind()
         >>> y, logdet = vlkern.ops.affine_coupling(x, shift, raw_scale)
         >>> x, _ = vlkern.ops.affine_coupling_inverse(y, shift, raw_scale)
     """

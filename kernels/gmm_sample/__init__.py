@@ -194,6 +194,7 @@ def gmm_guided_sample(
     Source: Tschannen et al., GIVT, 2023, and its code.
 
     Example:
+        >>> conditional, unconditional = torch.randn(2, 4, 256, 16 * 33)
         >>> z = vlkern.ops.gmm_guided_sample(conditional, unconditional, dims=16, guidance=0.4)
     """
     guidance = _not_negative("guidance", guidance)

@@ -28,6 +28,7 @@ SAMPLES = [
     Sample("per_channel", (5,), 3, 4, joint=False),
     Sample("more_per_channel", (9,), 19, 6, joint=False),
     Sample("transposed", (6,), 4, 3, contiguous=False),
+    Sample("another_size", (6,), 9, 5),
     Sample("givt_default", (1, 256), 16, 16, bench=True),
     Sample("givt_32_images", (32, 256), 16, 16, bench=True),
     Sample("jetformer_step", (64,), 1024, 128, bench=True),
