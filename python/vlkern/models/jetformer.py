@@ -157,8 +157,8 @@ def _paper(depth: int, width: int, block_depth: int, classes: bool) -> JetFormer
 # the important ones from the first step on.
 _TINY = JetFormerConfig(
     JetConfig(8, 1, 48, depth=8, block_depth=1, width=64, heads=4, kinds=("channels",)),
-    4, 16, 32, width=128, depth=4, heads=4, head_dim=32, mlp=512, vocabulary=1024 + SPECIAL, text_length=16,
-    pca=PatchPcaConfig((4, 4), 48, whiten=False, noise_std=0.0),
+    4, 16, 32, width=128, depth=4, heads=4, head_dim=32, mlp=512, vocabulary=1024 + SPECIAL, text_length=12,
+    pca=PatchPcaConfig((4, 4), 48, noise_std=0.0),
 )  # fmt: skip
 #: The models of the paper at 256 px: for ImageNet's classes, and for texts; and for captions or classes of 32 px.
 PRESETS = {
@@ -208,7 +208,7 @@ class JetFormer(nn.Module):
 
     Example:
         >>> model = vlkern.models.create("jetformer-tiny")
-        >>> pixels, texts = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randint(1024, (2, 16))
+        >>> pixels, texts = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randint(1024, (2, 12))
         >>> bits, nats = model(pixels, texts)
         >>> bits.shape, nats.shape
         (torch.Size([2]), torch.Size([2]))
