@@ -18,16 +18,15 @@ def check_levels(levels: Any) -> tuple[int, ...]:
     """`levels` as a tuple. Raises TypeError or ValueError when a quantizer cannot have them."""
     if isinstance(levels, (str, torch.Tensor)) or not hasattr(levels, "__len__"):
         raise TypeError(f"levels must be a sequence of ints, got {type(levels).__name__}")
-    for level in levels:
-        if isinstance(level, bool) or not isinstance(level, int):
-            raise TypeError(f"levels must be a sequence of ints, got {list(levels)}")
-        if not 2 <= level <= MOST_LEVELS:
-            raise ValueError(f"levels must be between 2 and {MOST_LEVELS}, got {level} in {list(levels)}")
     if not len(levels):
         raise ValueError("levels must name at least one channel, got []")
-    found = tuple(int(level) for level in levels)
+    if any(isinstance(level, bool) or not isinstance(level, int) for level in levels):
+        raise TypeError(f"levels must be a sequence of ints, got {list(levels)}")
+    if not all(2 <= level <= MOST_LEVELS for level in levels):
+        raise ValueError(f"levels must be between 2 and {MOST_LEVELS}, got {list(levels)}")
+    found = tuple(len(range(level)) for level in levels)  # int() would leave symbols to a compiler with dynamic shapes
     if math.prod(found) > MOST_CODES:
-        raise ValueError(f"levels must have a product of at most 2^62, got {math.prod(found)} for {list(levels)}")
+        raise ValueError(f"levels must have a product of at most 2^62, got {math.prod(found)} for {list(found)}")
     return found
 
 
@@ -96,8 +95,13 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 }
 
 
+@torch.compiler.assume_constant_result
+def _numbers(name: str, levels: tuple[int, ...], symmetric: bool) -> Any:
+    return _MAKERS[name](levels, symmetric)
+
+
 def _make(name: str, levels: tuple[int, ...], symmetric: bool, dtype: torch.dtype, device: torch.device) -> Any:
-    return torch.tensor(_MAKERS[name](levels, symmetric), dtype=dtype, device=device)
+    return torch.tensor(_numbers(name, levels, symmetric), dtype=dtype, device=device)
 
 
 _kept = lru_cache(_make)
