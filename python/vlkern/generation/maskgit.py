@@ -107,6 +107,16 @@ def _remaining(unknown: torch.Tensor, before: torch.Tensor, part: float) -> torc
     return torch.minimum((unknown.double() * part).floor().to(before.dtype), before - 1).clamp(min=1)
 
 
+def _of_nothing(model: MaskGit, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The logits when all ids are masked: pictures of one class share them. On a GPU finding out would be a wait."""
+    if labels.device.type != "cpu":
+        all_logits: torch.Tensor = model(ids, labels)
+        return all_logits
+    classes, which = labels.unique(return_inverse=True)
+    logits: torch.Tensor = model(ids[: len(classes)], classes)
+    return logits[which]
+
+
 @torch.inference_mode()
 def sample(
     model: MaskGit, labels: torch.Tensor, sampler: Sampler | None = None, known: torch.Tensor | None = None
@@ -153,6 +163,8 @@ def sample(
         if guidance:
             twice = None if places is None else places.repeat(2, 1)
             logits, unconditional = model(ids.repeat(2, 1), torch.cat([labels, nobody]), twice).chunk(2)
+        elif known is None and t == 0:
+            logits, unconditional = _of_nothing(model, ids, labels), None
         else:
             logits, unconditional = model(ids, labels, places), None
         count = _remaining(at_first, count, masked_part(ratio, sampler.schedule, max(2, c.tokens)))
