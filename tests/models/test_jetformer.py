@@ -246,6 +246,13 @@ def test_bad_input():
         model(pixels, ids[:2])
     with pytest.raises(ValueError, match=r"lengths must have shape \[3\], got \[2\]"):
         model(pixels, ids, torch.tensor([1, 2]))
+    for run in (lambda n: model(pixels, ids, n), lambda n: sampling.sample(model, ids, n)):
+        with pytest.raises(ValueError, match="lengths must be from 1 to 4, got 5"):
+            run(torch.tensor([1, 5, 2]))
+        with pytest.raises(TypeError, match="lengths must be int32 or int64, got"):
+            run(torch.ones(3))
+    with pytest.raises(TypeError, match="text_first must be bool, got"):
+        model(pixels, ids, None, torch.ones(3, dtype=torch.long))
     for name, value in (("guidance", -1.0), ("guidance", float("nan"))):
         with pytest.raises(ValueError, match=name):
             sampling.sample(model, ids, **{name: value})

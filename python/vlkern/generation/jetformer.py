@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from vlkern import _checks, ops
 from vlkern.caches import Caches
-from vlkern.models.jetformer import JetFormer
+from vlkern.models.jetformer import JetFormer, check_lengths
 
 
 def _prompts(
@@ -24,6 +24,8 @@ def _prompts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """[bos, text, boi] of all rows: embedded [T, D], cu_seqlens [R + 1], and what each element sees."""
     c = model.config
+    if lengths is not None:
+        check_lengths(lengths, ids)
     if guided:
         n = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths
         free = model.unlabelled(len(ids)).to(ids.dtype)
@@ -70,7 +72,7 @@ def sample_tokens(
     Args:
         model: in evaluation mode, float32.
         ids: [B, L] int32 or int64, their texts, or `model.unlabelled(B)`.
-        lengths: [B] int, words of each text; None: L.
+        lengths: [B] int32 or int64, words of each text; None: L.
         guidance: w; 0 does without.
         temperature: multiplies the scales of the mixtures.
         mixture_temperature: multiplies the logits of their components.

@@ -20,7 +20,7 @@ Source: Tschannen et al., JetFormer: An Autoregressive Generative Model of Raw I
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,10 +40,6 @@ from vlkern.models.patch_pca import PatchPca, PatchPcaConfig
 
 #: Words of the vocabulary that no text has: begin of a text, begin of a picture, no label.
 SPECIAL = 3
-_POSITIVE = (
-    "patch", "modelled", "mixtures", "width", "depth", "heads", "head_dim", "mlp", "vocabulary", "text_length",
-    "repeats",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,10 @@ class JetFormerConfig:
     pca: PatchPcaConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
         if self.vocabulary <= SPECIAL:
             raise ValueError(f"vocabulary must have more than the {SPECIAL} special words, got {self.vocabulary}")
         if self.flow.patch != 1 or self.flow.channels != self.numbers:
@@ -194,6 +190,15 @@ class Outputs(NamedTuple):
 
     image: torch.Tensor
     text: torch.Tensor
+
+
+def check_lengths(lengths: torch.Tensor, ids: torch.Tensor) -> None:
+    """Raise unless these can be the words [B] of each of the texts [B, L]."""
+    if _checks.tensor("lengths", lengths).dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
+    _checks.shape("lengths", lengths, (len(ids),))
+    if _checks.values_may_be_read(lengths) and bool((wrong := (lengths < 1) | (lengths > ids.shape[1])).any()):
+        raise ValueError(f"lengths must be from 1 to {ids.shape[1]}, got {int(lengths[wrong][0])}")
 
 
 def _drop(rate: float, module: nn.Module, _: object, out: torch.Tensor) -> torch.Tensor:
@@ -351,7 +356,7 @@ class JetFormer(nn.Module):
         Args:
             soft_BNd: [B, N, d].
             ids: [B, L] words.
-            lengths: [B] int, how many of them each text has; None: all.
+            lengths: [B] int32 or int64, how many of them each text has, at least one; None: all.
             text_first: [B] bool; None: everywhere.
 
         Raises:
@@ -359,11 +364,13 @@ class JetFormer(nn.Module):
         """
         c, words = self.config, self.words(ids)
         _checks.shape("soft", soft_BNd, (len(ids), c.tokens, c.modelled))
-        for name, value in (("lengths", lengths), ("text_first", text_first)):
-            if value is not None:
-                _checks.shape(name, value, (len(ids),))
+        if lengths is not None:
+            check_lengths(lengths, ids)
         if text_first is None:
             text_first = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        _checks.shape("text_first", text_first, (len(ids),))
+        if text_first.dtype != torch.bool:
+            raise TypeError(f"text_first must be bool, got {text_first.dtype}")
         layout = self.layout(ids.shape[1], None if lengths is None else lengths.long(), text_first)
         parts = (self.embed(words).flatten(0, 1), self.embed_image(soft_BNd).flatten(0, 1), self.special())
         # Autocast gives the projection in bfloat16; the sums of the layers stay in the dtype of the parameters.
