@@ -20,7 +20,7 @@ constexpr int64_t kRows = 128;      // tokens of a tile
 constexpr int64_t kColumns = 1024;  // parameters of a tile, about
 constexpr int64_t kSlice = 256;     // columns of a product in the backward
 constexpr int64_t kWait =
-    int64_t(1) << 24;  // gradients of parameters that wait for their two products: 64 MiB
+    int64_t(1) << 23;  // gradients of parameters that wait for their two products: 32 MiB
 
 using Buffer = std::unique_ptr<float[]>;
 Buffer buffer(int64_t n) {

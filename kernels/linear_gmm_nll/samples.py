@@ -34,8 +34,9 @@ SAMPLES = [
     Sample("below_a_tile", 7, 15, 5, 7),
     Sample("above_a_tile", 261, 160, 19, 33),
     Sample("givt", 1024, 1024, 16, 16, bench=True),
-    Sample("jetformer_head", 64, 1024, 1024, 128, bench=True),
-    Sample("jetformer_1024_tokens", 1024, 1024, 1024, 128, bench=True, huge=True),
+    Sample("jetformer_an_eighth", 256, 1024, 128, 128, bench=True),
+    Sample("jetformer", 1024, 1024, 1024, 128, bench=True, huge=True),
+    Sample("jetformer_4096_tokens", 4096, 1024, 1024, 128, bench=True, huge=True),
 ]
 
 

@@ -6,6 +6,7 @@ from vlkern.bench.case import Case, Inputs, backend_contestant, modes_of
 from vlkern.bench.rivals import Function
 from vlkern.kernels.interval_attention import reference as attention
 from vlkern.kernels.linear_cross_entropy import reference as cross_entropy
+from vlkern.kernels.linear_gmm_nll import reference as linear_mixture
 from vlkern.kernels.sigmoid_loss import reference as sigmoid_loss
 
 _BLOCK = 1024
@@ -75,6 +76,22 @@ def _cross_entropy_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
     return [loss, d_hidden, d_weight]
 
 
+def _linear_mixture_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
+    """nll and its gradients, 64 tokens at a time, whose parameters fit."""
+    hidden, weight, bias, target = (t.detach() for t in inputs.args)
+    d_weight, d_bias, found = torch.zeros_like(weight), torch.zeros_like(bias), []
+    for rows in torch.arange(len(hidden)).split(64):
+        nll, log_weights = linear_mixture.linear_gmm_nll(hidden[rows], weight, bias, target[rows], True, 1e-6)
+        parts = linear_mixture.linear_gmm_nll_backward(
+            inputs.grads[0][rows], hidden[rows], weight, bias, target[rows], log_weights, True, 1e-6, True, True
+        )
+        d_weight += parts[1]
+        d_bias += parts[2]
+        found.append((nll, parts[0], parts[3]))
+    nll, d_hidden, d_target = (torch.cat(several) for several in zip(*found, strict=True))
+    return [nll, d_hidden, d_weight, d_bias, d_target]
+
+
 def truth(case: Case, inputs: Inputs) -> list[torch.Tensor]:
     """Output and gradients by the reference in float64; for a huge sample in float32, in blocks."""
     if case.op == "sigmoid_loss" and not inputs.kwargs and inputs.args[0].shape[0] > _BLOCK:
@@ -83,6 +100,8 @@ def truth(case: Case, inputs: Inputs) -> list[torch.Tensor]:
         return _attention_in_blocks(inputs.to(torch.float64))
     if case.op == "linear_cross_entropy" and not inputs.kwargs and inputs.args[1].shape[0] > _BLOCK:
         return _cross_entropy_in_blocks(inputs.to(torch.float32 if case.huge else torch.float64))
+    if case.op == "linear_gmm_nll" and case.huge:
+        return _linear_mixture_in_blocks(inputs.to(torch.float32))
     return inputs.to(torch.float64).run(backend_contestant(case.op, "reference").make(), modes_of(case.op)[-1])
 
 
