@@ -18,6 +18,8 @@ NAMES = {
         "affine_coupling",
         "affine_coupling_inverse",
         "decode_attention",
+        "fsq_dequantize",
+        "fsq_quantize",
         "geglu",
         "gmm_guided_sample",
         "gmm_nll",

@@ -95,9 +95,12 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 }
 
 
-@torch.compiler.assume_constant_result
 def _numbers(name: str, levels: tuple[int, ...], symmetric: bool) -> Any:
     return _MAKERS[name](levels, symmetric)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: the loops above are not traced.
+_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _make(name: str, levels: tuple[int, ...], symmetric: bool, dtype: torch.dtype, device: torch.device) -> Any:

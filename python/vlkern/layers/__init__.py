@@ -1,1 +1,5 @@
-"""The parts that models share: attention, MLP, pooling head, initialisation."""
+"""The parts that models share: attention, MLP, pooling head, quantizer, initialisation."""
+
+from vlkern.layers.fsq import FSQ
+
+__all__ = ["FSQ"]
