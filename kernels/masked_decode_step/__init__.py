@@ -13,8 +13,8 @@ def _check_values(ids: torch.Tensor, count: torch.Tensor, noise: torch.Tensor) -
     """Where looking costs no wait for a GPU."""
     if not (ids.numel() and _checks.values_may_be_read(ids, count, noise)):
         return
-    if (low := int(count.min())) < 0:
-        raise ValueError(f"count must be at least 0, got {low}")
+    if (least := int(count.min())) < 0:
+        raise ValueError(f"count must be at least 0, got {least}")
     low, high = (float(v) for v in noise.detach().aminmax())
     if not (low >= 0 and high < 1):
         raise ValueError(f"noise must lie in [0, 1), got {low:g} to {high:g}")

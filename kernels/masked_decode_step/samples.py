@@ -57,7 +57,8 @@ def inputs(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> tu
     g = torch.Generator().manual_seed(seed)
     shape, part = (sample.b, sample.n, sample.v), not sample.contiguous
     logits = _draw(shape, part, g).to(dtype)
-    z, kwargs = logits.double(), {"mask": MASK, "temperature": sample.temperature}
+    z = logits.double()
+    kwargs: dict[str, Any] = {"mask": MASK, "temperature": sample.temperature}
     if sample.guidance:
         other = _draw(shape, part, g).to(dtype)
         z = z + sample.guidance * (z - other.double())

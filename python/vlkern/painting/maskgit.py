@@ -1,5 +1,6 @@
 """Pictures of a MaskGIT: tokens drawn in a few parallel steps, decoded by its autoencoder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def measure(model: MaskGit, folder: Path, pictures: Pictures) -> Measures:
     labels = _numbers(data.Classes.load(folder), list(pictures.classes)).to(device)
 
     def bits(labels: torch.Tensor) -> float:
-        parts = zip(*(x.split(_CHUNK) for x in (codes.flatten(1), labels, masked)), strict=True)
-        total = sum(float(model.loss(*part, label_smoothing=0.0)) * len(part[0]) for part in parts)
-        return total / len(codes) / torch.tensor(2.0).log().item()
+        total = 0.0
+        for ids, label, m in zip(*(x.split(_CHUNK) for x in (codes.flatten(1), labels, masked)), strict=True):
+            total += float(model.loss(ids, label, m, label_smoothing=0.0)) * len(ids)
+        return total / len(codes) / math.log(2)
 
     hidden = f"{float(masked.float().mean()):.0%} of the tokens masked"
     numbers = {

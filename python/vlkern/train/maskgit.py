@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     stored, settings = pictures.begin(args, ranks, "maskgit", NAMES, PRESET)
     autoencoder = pictures.autoencoder(args, settings, FsqAutoencoder)
     model = pictures.pretrained(settings, MaskGit)
-    preset = None if model is not None else pictures.config_of(settings, PRESETS)
+    preset: Any = None if model is not None else pictures.config_of(settings, PRESETS)
     pairs = common.open_pairs(args, settings, autoencoder.config.image_size, stored, settings["class_key"])
     classes = pictures.classes_of(args, settings, pairs)
     if model is None:
