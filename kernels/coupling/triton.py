@@ -34,7 +34,7 @@ def pick(shape: tuple[int, int, int], on: Chip) -> Config:
     """For x [B, N, K]: 16 elements a thread, or smaller tiles where those would leave SMs without work."""
     b, n, k = shape
     fair = triton.next_power_of_2(triton.cdiv(b * n * k, 8 * on.sms))
-    elements = max(128, min(_ELEMENTS, fair))
+    elements = max(512, min(_ELEMENTS, fair))
     block = min(elements, triton.next_power_of_2(k))
     rows = min(elements // block, triton.next_power_of_2(n))
     return Config(rows, block, max(1, rows * block // 512))

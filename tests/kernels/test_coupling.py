@@ -106,7 +106,9 @@ def test_the_rest_of_x_passes_bit_by_bit(name):
 
 @every_backend
 def test_all_indices_are_no_indices(name):
-    (x, shift, raw), _ = samples.inputs(next(s for s in PARTS if s.name == "above_a_tile"), torch.float32, device(name))
+    (x, shift, raw), _ = samples.inputs(
+        next(s for s in PARTS if s.name == "below_a_vector"), torch.float32, device(name)
+    )
     tokens, channels = (torch.arange(n, dtype=torch.int32, device=x.device) for n in x.shape[1:])
     none = torch.arange(0, dtype=torch.int32, device=x.device)
     with chosen(name):
