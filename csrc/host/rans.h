@@ -5,11 +5,13 @@
 //
 // A state x stays in [L, L b), b = 2^(bits of a word): before a symbol the encoder writes out low words while
 // x >= (L b / M) f, after one the decoder reads words while x < L. What comes last comes out first, so the
-// encoder walks backwards. Symbol i belongs to lane i mod N; the lanes have states of their own, which hides
-// the latency of a state's chain, and share one stream of words, in the order in which a decoder asks for
-// them.
+// encoder collects its symbols and walks backwards. Symbol i belongs to lane i mod N; the lanes have states
+// of their own, which hides the latency of a state's chain, and share one stream of words, in the order in
+// which a decoder asks for them.
 //
-//   stream   the states of lanes 0 ... N - 1, then the words, then the escapes; all little-endian
+//   stream   the states of lanes 0 ... N - 1, the words, and the escapes, which are read from the end
+//   backwards;
+//            all little-endian
 //
 // A symbol outside its table is coded as the table's last bin and follows among the escapes, zigzag, seven
 // bits a byte. A decoder ends with every state at L and nothing left over; otherwise the stream is damaged.
@@ -27,8 +29,21 @@ struct Damaged : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+enum class Kind {
+  k64,
+  kByte,
+  kWord
+};  // a state and a word of 64 and 32, 32 and 8, 32 and 16 bits; L = 2^31, 2^23, 2^16
+
+// How a stream is written; both sides must agree. Throws std::invalid_argument.
+struct Format {
+  Kind kind;
+  int precision, lanes;
+  void check() const;
+};
+
 // Rows of cumulative frequencies. Row r has `size[r]` entries, strictly rising from 0 to M: size[r] - 1 bins,
-// of which the last one is the escape. Bin j stands for the symbol offset[r] + j.
+// of which the last one is the escape, if there is one. Bin j stands for the symbol offset[r] + j.
 struct Tables {
   const int32_t* cdf;
   int64_t rows, width;  // entries of a row in memory
@@ -36,30 +51,47 @@ struct Tables {
   bool escape;
 };
 
-// The symbols of one stream; symbol i is coded with row index[i], or with row first + i where there is no
-// index.
-struct Symbols {
-  int32_t* value;
+// Symbol i is coded with row index[i], or with row first + i where there is no index.
+struct Rows {
   const int32_t* index;
-  int64_t first, count;
-  int64_t row(int64_t i) const { return index ? index[i] : first + i; }
+  int64_t first;
+  int64_t operator[](int64_t i) const { return index ? index[i] : first + i; }
 };
 
-enum class Kind {
-  k64,
-  kByte,
-  kWord
-};  // a state and a word of 64 and 32, 32 and 8, 32 and 16 bits; L = 2^31, 2^23, 2^16
+struct Range {
+  uint32_t start, width;  // c and f
+};
 
-std::string encode(Kind kind, int precision, int lanes, const Tables& tables, const Symbols& symbols);
-void decode(Kind kind, int precision, int lanes, const Tables& tables, const std::string& stream,
-            Symbols symbols);
+// Symbols in, a stream out at the end.
+class Encoder {
+ public:
+  explicit Encoder(Format format) : format_(format) { format.check(); }
+  void put(const int32_t* symbols, int64_t count, const Tables& tables, Rows rows);
+  std::string finish() const;
 
-// Several streams on several threads: stream s holds the symbols cu[s] ... cu[s + 1] - 1.
-std::vector<std::string> encode_all(Kind kind, int precision, int lanes, const Tables& tables,
-                                    const Symbols& symbols, const std::vector<int64_t>& cu, int threads);
-void decode_all(Kind kind, int precision, int lanes, const Tables& tables,
-                const std::vector<std::string>& streams, const Symbols& symbols,
-                const std::vector<int64_t>& cu, int threads);
+ private:
+  Format format_;
+  std::vector<Range> ranges_;
+  std::string escapes_;  // in the order of the symbols
+};
+
+// A stream in, symbols out as they are asked for: as many and with the same tables as they were put in. The
+// stream must outlive the decoder.
+class Decoder {
+ public:
+  Decoder(Format format, const char* stream, int64_t bytes);
+  void get(int32_t* symbols, int64_t count, const Tables& tables, Rows rows);
+  void finish() const;  // throws Damaged unless everything was used up
+
+ private:
+  template <class Coder>
+  void get_as(int32_t* symbols, int64_t count, const Tables& tables, Rows rows);
+  int32_t escaped();
+
+  Format format_;
+  std::vector<uint64_t> state_;
+  int lane_ = 0;
+  const char *in_, *end_;  // words are read from one side, escapes from the other
+};
 
 }  // namespace vlkern::rans

@@ -112,10 +112,34 @@ def test_damaged_escapes_are_told():
     """A value that is cut off, too long, or one that needs no escape."""
     tables, index = gaussian_tables(), torch.zeros(2, dtype=torch.int32)
     [stream] = encode(ints([10_000, 0]), tables, index)
-    assert stream[-3:] == bytes([0xA0, 0x9C, 0x01])  # 20000, seven bits a byte
-    for tail, message in [(b"\xa0", "cut off"), (b"\xff" * 5, "too large"), (b"\0", "is one of its table")]:
+    assert stream[-3:] == bytes([0x01, 0x9C, 0xA0])  # 20000, seven bits a byte, read from the end
+    for tail, message in [(b"\xff" * 5, "too large"), (b"\0", "is one of its table"), (b"\0" + b"\x80" * 4, "one of")]:
         with pytest.raises(DamagedStream, match=message):
             decode([stream[:-3] + tail], tables, index)
+
+
+def test_a_stream_in_parts_is_the_stream_of_all():
+    """Symbols, some of them escaped, that are put in and taken out in other portions; lanes go on where they were."""
+    symbols, index = _draw(101)
+    symbols[::20] = -(2**31)
+    tables = gaussian_tables()
+    encoder = coding.Encoder(lanes=3)
+    for part, rows in zip(symbols.split([50, 1, 50]), index.split([50, 1, 50]), strict=True):
+        encoder.put(part, tables, rows)
+    stream = encoder.finish()
+    assert [stream] == encode(symbols, tables, index, lanes=3)
+    decoder = coding.Decoder(stream, lanes=3)
+    parts = [decoder.get(tables, rows) for rows in index.split([20, 31, 50])]
+    decoder.finish()
+    assert torch.equal(torch.cat(parts), symbols)
+    early = coding.Decoder(stream, lanes=3)
+    early.get(tables, index[:20])
+    with pytest.raises(DamagedStream, match="do not end"):
+        early.finish()
+    with pytest.raises(DamagedStream, match="shorter"):
+        coding.Decoder(stream[:20], lanes=3)
+    with pytest.raises(ValueError, match="precision of the coder, 16, got 20"):
+        early.get(tables_from_pmfs([[1, 1]], [0], precision=20))
 
 
 def test_gaussian_tables_are_the_probabilities():

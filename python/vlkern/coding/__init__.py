@@ -1,11 +1,13 @@
 """Entropy coding: integers to bytes and back, exactly, at about the length that their probabilities allow."""
 
-from vlkern.coding.rans import DamagedStream, decode, encode
+from vlkern.coding.rans import DamagedStream, Decoder, Encoder, decode, encode
 from vlkern.coding.tables import SCALES, Tables, gaussian_tables, scale_index, tables_from_pmfs
 
 __all__ = [
     "SCALES",
     "DamagedStream",
+    "Decoder",
+    "Encoder",
     "Tables",
     "decode",
     "encode",

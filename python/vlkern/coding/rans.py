@@ -1,6 +1,7 @@
 """Interleaved rANS: symbols with tables of probabilities to bytes and back; the arithmetic is in csrc/host/rans.h."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,32 +26,125 @@ def _integers(name: str, value: Any) -> torch.Tensor:
     return t.to("cpu", torch.int32).contiguous()
 
 
-def _common(
-    tables: Tables, index: torch.Tensor | None, cu_seqlens: Any, count: int, kind: str, threads: int | None
-) -> Any:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+def _rows(tables: Tables, index: torch.Tensor | None, count: int) -> Any:
+    """The row of each symbol for the coder, None where there is one for each."""
     if index is None:
         if len(tables.cdf) != count:
             raise ValueError(
                 f"index must be given, or tables have a row for each symbol: {len(tables.cdf)} and {count}"
             )
-        rows = None
-    else:
-        rows = _integers("index", index).flatten()
-        if len(rows) != count:
-            raise ValueError(f"index must have an entry for each of the {count} symbols, got {len(rows)}")
-        if count and not 0 <= int(rows.min()) <= int(rows.max()) < len(tables.cdf):
-            raise ValueError(
-                f"index must name rows from 0 to {len(tables.cdf) - 1}, got {int(rows.min())} to {int(rows.max())}"
-            )
+        return None
+    rows = _integers("index", index).flatten()
+    if len(rows) != count:
+        raise ValueError(f"index must have an entry for each of the {count} symbols, got {len(rows)}")
+    if count and not 0 <= int(rows.min()) <= int(rows.max()) < len(tables.cdf):
+        raise ValueError(
+            f"index must name rows from 0 to {len(tables.cdf) - 1}, got {int(rows.min())} to {int(rows.max())}"
+        )
+    return rows.numpy()
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except host().Damaged as error:
+        raise DamagedStream(str(error)) from None
+
+
+class Encoder:
+    """One stream, for models that need what was coded before to say how probable the next symbols are.
+
+    Args:
+        lanes, kind: as for `encode`.
+        precision: of all tables that are used.
+
+    Raises:
+        ValueError: one of them is out of range.
+
+    Example:
+        >>> tables = vlkern.coding.gaussian_tables()
+        >>> encoder = vlkern.coding.Encoder()
+        >>> for symbols in (torch.tensor([1, -2]), torch.tensor([0])):
+        ...     encoder.put(symbols, tables, torch.full_like(symbols, 20))
+        >>> decoder = vlkern.coding.Decoder(encoder.finish())
+        >>> decoder.get(tables, torch.full((2,), 20)), decoder.get(tables, torch.full((1,), 20))
+        (tensor([ 1, -2], dtype=torch.int32), tensor([0], dtype=torch.int32))
+        >>> decoder.finish()
+    """
+
+    def __init__(self, *, lanes: int = 2, kind: str = "rans64", precision: int = 16) -> None:
+        _check_kind(kind)
+        self._precision = precision
+        self._native = host().RansEncoder(kind, precision, lanes)
+
+    def put(self, symbols: torch.Tensor, tables: Tables, index: torch.Tensor | None = None) -> None:
+        """Append symbols. Arguments and errors as `encode`."""
+        flat = _integers("symbols", symbols).flatten()
+        rows = _rows(tables, index, len(flat))
+        _check_precision(tables, self._precision)
+        self._native.put(flat.numpy(), tables.native, rows)
+
+    def finish(self) -> bytes:
+        """The stream."""
+        stream: bytes = self._native.finish()
+        return stream
+
+
+class Decoder:
+    """The symbols of one stream, bit by bit: as many at a time, with the same tables, as they were put in.
+
+    Args:
+        stream: of an `Encoder`.
+        lanes, kind, precision: as there.
+
+    Raises:
+        DamagedStream: it is too short.
+        ValueError: an option is out of range.
+    """
+
+    def __init__(self, stream: bytes, *, lanes: int = 2, kind: str = "rans64", precision: int = 16) -> None:
+        _check_kind(kind)
+        self._precision = precision
+        with _damage():
+            self._native = host().RansDecoder(stream, kind, precision, lanes)
+
+    def get(self, tables: Tables, index: torch.Tensor | None = None) -> torch.Tensor:
+        """The next symbols, int32 in the shape of `index`, or one for each row. Errors as `decode`."""
+        count = len(tables.cdf) if index is None else index.numel()
+        rows = _rows(tables, index, count)
+        _check_precision(tables, self._precision)
+        with _damage():
+            symbols = torch.from_numpy(self._native.get(count, tables.native, rows))
+        return symbols if index is None else symbols.view(index.shape)
+
+    def finish(self) -> None:
+        """Make sure that this was all. Raises DamagedStream if something is left or a state is not at its end."""
+        with _damage():
+            self._native.finish()
+
+
+def _check_precision(tables: Tables, precision: int) -> None:
+    if tables.precision != precision:
+        raise ValueError(f"tables must have the precision of the coder, {precision}, got {tables.precision}")
+
+
+def _check_cuts(cu_seqlens: Any, count: int) -> list[int]:
     cu = [0, count] if cu_seqlens is None else [int(end) for end in cu_seqlens]
     if len(cu) < 1 or cu[0] != 0 or cu[-1] != count or sorted(cu) != cu:
         raise ValueError(f"cu_seqlens must rise from 0 to the {count} symbols, got {cu if len(cu) < 9 else '...'}")
+    return cu
+
+
+def _check_threads(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    arrays = tables.cdf.numpy(), tables.size.numpy(), tables.offset.numpy(), tables.escape
-    return cu, (*arrays, None if rows is None else rows.numpy()), threads or torch.get_num_threads()
+    return threads or torch.get_num_threads()
 
 
 def encode(
@@ -97,9 +191,11 @@ def encode(
         >>> torch.equal(vlkern.coding.decode([stream], tables, index), symbols.int())
         True
     """
+    _check_kind(kind)
     flat = _integers("symbols", symbols).flatten()
-    cu, arguments, workers = _common(tables, index, cu_seqlens, len(flat), kind, threads)
-    streams: list[bytes] = host().rans_encode(flat.numpy(), cu, *arguments, kind, tables.precision, lanes, workers)
+    rows, cu = _rows(tables, index, len(flat)), _check_cuts(cu_seqlens, len(flat))
+    options = kind, tables.precision, lanes, _check_threads(threads)
+    streams: list[bytes] = host().rans_encode(flat.numpy(), cu, tables.native, rows, *options)
     return streams
 
 
@@ -131,14 +227,12 @@ def decode(
         Traceback (most recent call last):
         vlkern.coding.rans.DamagedStream: the stream is shorter than its states
     """
+    _check_kind(kind)
     count = len(tables.cdf) if index is None else index.numel()
-    cu, arguments, workers = _common(tables, index, cu_seqlens, count, kind, threads)
+    rows, cu = _rows(tables, index, count), _check_cuts(cu_seqlens, count)
     if len(streams) != len(cu) - 1:
         raise ValueError(f"streams must be {len(cu) - 1}, as cu_seqlens says, got {len(streams)}")
-    native = host()
-    try:
-        found = native.rans_decode(list(streams), cu, *arguments, kind, tables.precision, lanes, workers)
-    except native.Damaged as error:
-        raise DamagedStream(str(error)) from None
-    symbols = torch.from_numpy(found)
+    options = kind, tables.precision, lanes, _check_threads(threads)
+    with _damage():
+        symbols = torch.from_numpy(host().rans_decode(list(streams), cu, tables.native, rows, *options))
     return symbols if index is None else symbols.view(index.shape)

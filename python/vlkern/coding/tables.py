@@ -1,5 +1,6 @@
 """Probabilities as whole numbers: rows of cumulative frequencies, and those of Gaussians of many scales."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from vlkern import _checks
+from vlkern._native import host
 
 #: The scales of the usual Gaussian tables: 64, from 0.11 to 256 in equal steps of their logarithm.
 SCALES = tuple(math.exp(math.log(0.11) + i / 63 * (math.log(256) - math.log(0.11))) for i in range(64))
@@ -62,6 +64,11 @@ class Tables:
             ((self.cdf.diff(dim=1) <= 0) & inside).any() or self.cdf[:, 0].any() or (ends != 1 << self.precision).any()
         ):
             raise ValueError("cdf must have rows that rise strictly from 0 to 2^precision")
+
+    @functools.cached_property
+    def native(self) -> Any:
+        """As the coder takes them."""
+        return host().RansTables(self.cdf.numpy(), self.size.numpy(), self.offset.numpy(), self.escape)
 
 
 def _cumulative(pmf: torch.Tensor, precision: int) -> torch.Tensor:
