@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlkern.bench.jetformer", description=__doc__)
     add = parser.add_argument
     add("--preset", default="jetformer-350m-imagenet256", choices=sorted(PRESETS))
-    add("--depth", type=int, default=4, help="layers of the decoder (4)")
+    add("--depth", type=int, default=8, help="layers of the decoder (8)")
     add("--pictures", type=int, default=4, help="that are sampled together (4)")
     add("--places", type=int, nargs="+", default=[1, 128, 255], help="tokens that the pictures have already")
     add_arguments(parser)
