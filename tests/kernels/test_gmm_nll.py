@@ -25,7 +25,7 @@ st = hypothesis.strategies
 
 OP = REGISTRY["gmm_nll"]
 every_backend = pytest.mark.parametrize("name", ("reference", *KERNELS))
-EXAMPLES, SEEDS = (3, range(2)) if TRITON_INTERPRETS else (25, range(8))
+EXAMPLES, SEEDS = (3, range(2)) if TRITON_INTERPRETS else (20, range(6))
 fuzz = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 layouts = pytest.mark.parametrize("layout", _mixture.LAYOUTS)
 
@@ -116,7 +116,8 @@ def test_extreme_arguments_stay_finite(name, layout):
         zero = torch.zeros_like(raw)
         parts = torch.stack([zero, zero, raw], 1)
         target = torch.full((16, 1), at, device=device(name))
-        found = run(name, (parts, target), {"layout": layout}, cotangents=[torch.ones(16)])
+        shape = (16,) if layout == "joint" else (16, 1)
+        found = run(name, (parts, target), {"layout": layout}, cotangents=[torch.ones(shape)])
         for result in found.outputs + found.gradients:
             assert result.isfinite().all(), at
         if at == 0:
@@ -185,7 +186,9 @@ def test_saved_bytes(name, sample):
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="the CPU's memory")
-@pytest.mark.parametrize("sample", [s for s in samples.SAMPLES if s.name in ("jetformer", "givt")])
+@pytest.mark.parametrize(
+    "sample", [samples.Sample("large", (24,), 1024, 128), samples.Sample("small", (4096,), 16, 32)]
+)
 def test_extra_memory_is_a_twentieth_of_the_parameters(sample):
     case, both = Case("gmm_nll", sample, torch.float32), "forward+backward"
     parameters = case.inputs().args[0].nbytes
