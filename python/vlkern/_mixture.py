@@ -18,7 +18,7 @@ def components_of(numbers: int, dims: int, layout: str, name: str, got: torch.Si
         TypeError: dims is no int.
         ValueError: no k gives this P; or there is no such layout.
     """
-    if isinstance(dims, bool) or not isinstance(dims, int):
+    if isinstance(dims, bool) or not isinstance(dims, int | torch.SymInt):
         raise TypeError(f"dims must be an int, got {type(dims).__name__}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be 'joint' or 'per_channel', got {layout!r}")
