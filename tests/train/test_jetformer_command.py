@@ -47,7 +47,7 @@ def options(shard, folder, *more, preset="jetformer-test"):
 
 
 def steady(shard, folder):
-    return options(shard, folder, "--steps", 4, "--save-every", 2, "--picture-first", 0.5, "--flip")
+    return options(shard, folder, "--steps", 4, "--save-every", 2, "--picture-first", 0.5, "--flip", "--noise", 8)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,8 @@ def test_what_it_writes(unbroken):
     folder = unbroken[1]
     model, words = models.load_pretrained(folder / "model"), data.load_tokenizer(folder / "model", 5)
     assert isinstance(model, JetFormer) and model.config == replace(runs.JETFORMER, vocabulary=words.vocabulary + 3)
+    stored = json.loads((folder / "config.json").read_text())["options"]
+    assert (stored["noise"], stored["picture_first"]) == (8.0, 0.5)
     records = runs.records(folder)
     assert [r["step"] for r in records] == [1, 2, 3, 4] and all(np.isfinite(r["loss"]) for r in records)
 
@@ -91,11 +93,11 @@ def test_examples():
     model = JetFormer(runs.JETFORMER)
     task = JetFormerTask(
         model, None, 100, Ranks(0, 1, torch.device("cpu")), None, None, seed=0, workers=0, flip=False,
-        picture_first=0.25,
+        picture_first=0.25, noise=40.0,
     )  # fmt: skip
     count = 2000
     pixels, ids = torch.zeros(count, 3, 8, 8) + 1 / 255, torch.full((count, 5), 7)
-    for progress, scale in ((0.0, 64.0), (0.5, 32.0), (1.0, 0.0)):
+    for progress, scale in ((0.0, 40.0), (0.5, 20.0), (1.0, 0.0)):
         chance = Chance(0, 3, count, task._ranks)
         noisy, words, noise, first = task.examples(pixels, ids, chance, progress)
         assert float(first.float().mean()) == pytest.approx(0.75, abs=0.03)

@@ -83,13 +83,16 @@ class JetFormerTask(PictureTask):
 
     Args:
         picture_first: share of the examples that learn to write the text of a picture.
+        noise: on the pixels at the first step.
     """
 
     family = JetFormer
 
-    def __init__(self, model: JetFormer, *args: object, picture_first: float = 0.0, **options: object) -> None:
+    def __init__(
+        self, model: JetFormer, *args: object, picture_first: float = 0.0, noise: float = FIRST, **options: object
+    ) -> None:
         super().__init__(model, Objective(model), *args, **options)  # type: ignore[arg-type]
-        self._picture_first = picture_first
+        self._picture_first, self._noise = picture_first, noise
 
     def examples(
         self, pixels: torch.Tensor, ids: torch.Tensor, chance: Chance, progress: float
@@ -97,7 +100,7 @@ class JetFormerTask(PictureTask):
         """Pixels with the noise of this part of the run and of one level, ids, noise on tokens, who comes first."""
         c = self.model.config
         text_first = chance.uniform() >= self._picture_first
-        scale = torch.where(text_first, noise_scale(progress), 0.0)[:, None, None, None]
+        scale = torch.where(text_first, noise_scale(progress, self._noise), 0.0)[:, None, None, None]
         pixels = add_noise(pixels, chance.normal(*pixels.shape[1:]), scale) + chance.uniform(*pixels.shape[1:]) / 127.5
         ids = torch.where((chance.uniform(1) < DROP) & text_first[:, None], c.bos + 2, ids)
         noise = TOKEN_NOISE * chance.uniform(1, 1) * chance.normal(c.tokens, c.modelled)

@@ -10,7 +10,7 @@ import torch
 from vlkern import data
 from vlkern.errors import UserError
 from vlkern.models.jetformer import PRESETS, SPECIAL, JetFormer
-from vlkern.recipes.jetformer import JetFormerTask
+from vlkern.recipes.jetformer import FIRST, JetFormerTask
 from vlkern.train import common, pictures
 from vlkern.train.options import number
 from vlkern.train.ranks import Ranks
@@ -18,7 +18,7 @@ from vlkern.train.settings import Settings
 
 PRESET = "jetformer-tiny"
 #: the options that define a run
-NAMES = (*pictures.CLASSES, "tokenizer", "picture_first")
+NAMES = (*pictures.CLASSES, "tokenizer", "picture_first", "noise")
 #: pictures whose patches the principal components are computed from
 FITTED = 2000
 
@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--picture-first", type=number(0, 1), metavar="SHARE",
         help="share of the examples whose picture comes first, and its caption is learned (0)",
+    )  # fmt: skip
+    given.add_argument(
+        "--noise", type=number(0), metavar="LEVELS",
+        help=f"standard deviation of the noise on the pixels at the first step, in levels of 256; it fades ({FIRST:g})",
     )  # fmt: skip
 
 
@@ -63,6 +67,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """One run, or the rest of one."""
     stored, settings = pictures.begin(args, ranks, "jetformer", NAMES, PRESET)
     settings.settle("picture_first", 0.0)
+    settings.settle("noise", FIRST)
     model = pictures.pretrained(settings, JetFormer)
     config = pictures.config_of(settings, PRESETS) if model is None else model.config
     classes = config.text_length == 1
@@ -79,6 +84,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     run = common.record(args, ranks, "jetformer", settings, pairs, words, words.vocabulary, stored)
     task = JetFormerTask(
         model.to(ranks.device), run.recipe, settings["steps"], ranks, pairs, words,
-        picture_first=settings["picture_first"], seed=settings["seed"], workers=args.workers, flip=settings["flip"],
+        picture_first=settings["picture_first"], noise=settings["noise"], seed=settings["seed"], workers=args.workers,
+        flip=settings["flip"],
     )  # fmt: skip
     common.carry_out(args, ranks, run, task, pairs)
