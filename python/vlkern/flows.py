@@ -110,7 +110,7 @@ def invertible(steps: Sequence[Any], x: torch.Tensor, context: torch.Tensor | No
         >>> vlkern.flows.bits_per_dim(z, logdet).mean().backward()
     """
     parameters = [p for step in steps for p in step.parameters()]
-    return _Chain.apply(steps, x, context, *parameters)  # type: ignore[no-any-return]
+    return _Chain.apply(steps, x, context, *parameters)
 
 
 class _Chain(torch.autograd.Function):
