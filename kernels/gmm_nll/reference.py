@@ -35,6 +35,16 @@ class Terms:
         self.log_weights = self.logits + log_density
 
 
+def shapes(numbers: int, target: torch.Tensor, joint: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty results of gmm_nll for P = `numbers`.
+
+    For meta tensors: a compiler would think for seconds about what the definition does to sizes without numbers.
+    """
+    (n, d), wide = target.shape, torch.promote_types(dtype, torch.float32)
+    log_weights = target.new_empty(n, numbers // (1 + 2 * d) if joint else 0, dtype=wide)
+    return target.new_empty((n,) if joint else (n, d), dtype=wide), log_weights
+
+
 def gmm_nll(
     params: torch.Tensor, target: torch.Tensor, joint: bool, min_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +53,8 @@ def gmm_nll(
     params [N, P], target [N, d]. Returns nll, [N] if joint, else [N, d]; and, for the backward of a joint mixture, the
     logit plus the log-density of each component [N, k] ([N, 0] for the others).
     """
+    if params.is_meta:
+        return shapes(params.shape[1], target, joint, params.dtype)
     terms = Terms(params, target, joint, min_scale)
     nll = terms.logits.logsumexp(-1) - terms.log_weights.logsumexp(-1)
     return nll, terms.log_weights.contiguous() if joint else nll.new_empty(nll.shape[0], 0)
@@ -57,6 +69,8 @@ def gmm_nll_backward(
     min_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of sum(nll * grad): d_params [N, P] and d_target [N, d], each in the dtype of its tensor."""
+    if params.is_meta:
+        return params.new_empty(params.shape), target.new_empty(target.shape)
     t = Terms(params, target, joint, min_scale)
     g = grad.to(t.u.dtype)[..., None]
     share = t.log_weights.softmax(-1)  # of each component in the density

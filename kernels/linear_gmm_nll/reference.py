@@ -29,6 +29,8 @@ def linear_gmm_nll(
 
     hidden [N, D], weight [P, D], bias [P] float32, target [N, d].
     """
+    if hidden.is_meta:
+        return mixture.shapes(weight.shape[0], target, joint, hidden.dtype)
     return mixture.gmm_nll(_params(hidden, weight, bias), target, joint, min_scale)
 
 
@@ -48,6 +50,11 @@ def linear_gmm_nll_backward(
 
     d_bias [P] is float32 (float64 for float64), empty without a bias; the others have the dtype of their tensor.
     """
+    if hidden.is_meta:
+        of_bias = weight.new_empty(0 if bias is None else weight.shape[0], dtype=_wide(weight[:0]).dtype)
+        rows = hidden if of_hidden else hidden[:0], weight if of_weight else weight[:0]
+        d_hidden, d_weight = (t.new_empty(t.shape) for t in rows)
+        return d_hidden, d_weight, of_bias, target.new_empty(target.shape)
     params = _params(hidden, weight, bias)
     g, d_target = mixture.gmm_nll_backward(grad, params, target, log_weights, joint, min_scale)
     d_hidden = g @ _wide(weight) if of_hidden else hidden[:0]
