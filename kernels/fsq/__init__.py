@@ -32,7 +32,7 @@ _op = Op(
         "fsq_dequantize": "(Tensor codes, Tensor indices, int[] levels) -> Tensor",
     },
     reference=reference,
-    backends=("cpu", "triton"),
+    backends=("cpu", "triton", "cuda"),
     bind=_bind,
     work=samples.work,
 )
@@ -50,12 +50,14 @@ class _Quantize(torch.autograd.Function):
         ctx.save_for_backward(z, slopes)
         ctx.backend = backend
         ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)  # else autograd would make zeros for the indices
         return codes, indices
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
-        return _backward[ctx.backend](grad, *ctx.saved_tensors), None, None, None, None
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> Any:
+        dz = None if grad is None else _backward[ctx.backend](grad, *ctx.saved_tensors)
+        return dz, None, None, None, None
 
 
 def fsq_quantize(

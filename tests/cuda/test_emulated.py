@@ -11,7 +11,7 @@ import torch
 from rooms import ROOT
 
 from vlkern._op import REGISTRY
-from vlkern.kernels import rms_norm, sigmoid_loss
+from vlkern.kernels import fsq, rms_norm, sigmoid_loss
 from vlkern.testing import assert_as_good, assert_same_direction, in_float64, poison
 
 HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
@@ -231,3 +231,38 @@ def test_kernels_check_what_python_has_checked(emulated):
         loss(image, text, scale.double(), *rest)
     with pytest.raises(RuntimeError, match="must not be empty"):
         loss(image[:0], text, scale, *rest)
+
+
+def fsq_agrees(z, levels, symmetric=False):
+    """The very numbers of the reference, and a gradient as good."""
+    thresholds, slopes = (fsq.constant(what, levels, symmetric, torch.float32, z) for what in ("thresholds", "slopes"))
+    codes, index = run("fsq", "fsq_quantize", "cuda", z, thresholds, levels, symmetric)
+    same, same_index = run("fsq", "fsq_quantize", "reference", z, thresholds, levels, symmetric)
+    assert torch.equal(index, same_index) and torch.equal(codes.nan_to_num(7), same.nan_to_num(7))
+    table = fsq.constant("codes", levels, symmetric, z.dtype, z)
+    (back,) = run("fsq", "fsq_dequantize", "cuda", table, index, levels)
+    assert torch.equal(back[index >= 0], codes[index >= 0]) and back[index < 0].isnan().all()
+    z = z.nan_to_num(0)
+    grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(7)).to(z.dtype)
+    compare("fsq", "fsq_quantize_backward", (grad, z, slopes), gradients=True)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "levels", [(3,), (8, 6, 5), (8, 5, 5, 5), (7, 5, 5, 5, 5), (8, 8, 8, 5, 5, 5), (5,) * 7], ids=len
+)
+@pytest.mark.parametrize("rows", [1, 7, 301])
+def test_fsq_in_vectors_and_rows_left_over(emulated, rows, levels, dtype):
+    z = 1.5 * torch.randn(rows, len(levels), generator=torch.Generator().manual_seed(rows))
+    z[rows // 2, 0] = float("nan") if rows > 1 else float("inf")
+    fsq_agrees(z.to(dtype), levels, symmetric=rows == 7)
+
+
+@pytest.mark.parametrize("levels", [(1000, 2, 63, 70), (16,) * 15, (2,) * 62], ids=len)
+def test_fsq_of_many_levels_and_channels(emulated, levels):
+    fsq_agrees(1.5 * torch.randn(50, len(levels), generator=torch.Generator().manual_seed(8)), levels)
+
+
+@DTYPES
+def test_fsq_of_misaligned_memory(emulated, dtype):
+    fsq_agrees(misaligned(torch.randn(40, 4, generator=torch.Generator().manual_seed(9)).to(dtype)), (8, 5, 5, 5))
