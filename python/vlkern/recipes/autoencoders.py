@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,13 +24,19 @@ class NoWords:
 
 
 class AutoencoderTask(PictureTask):
-    """What the loop trains: see vlkern.train.task.Task."""
+    """What the loop trains: see vlkern.train.task.Task. The objective says in `latest` [m] how the last batch went."""
 
     def examples(
         self, pixels: torch.Tensor, ids: torch.Tensor, chance: Chance, progress: float
     ) -> tuple[torch.Tensor, ...]:
         """The pictures alone."""
         return (pixels,)
+
+    def latest(self) -> list[float]:
+        """`objective.latest`, the mean over ranks."""
+        latest: Any = self.objective.latest
+        found: list[float] = self._ranks.mean(latest).tolist()
+        return found
 
 
 def psnr(squared_error: float) -> float:

@@ -34,9 +34,8 @@ class FsqTask(AutoencoderTask):
     """What the loop trains: see vlkern.train.task.Task."""
 
     family = FsqAutoencoder
-    objective: Objective
 
     def numbers(self) -> dict[str, float]:
         """PSNR of the last batch in decibels, and the part of all codes that it used."""
-        loss, *uses = self._ranks.mean(self.objective.latest).tolist()
+        loss, *uses = self.latest()
         return {"psnr": psnr(loss), "codes_used": sum(use > 0 for use in uses) / len(uses)}

@@ -68,7 +68,6 @@ class VaeTask(AutoencoderTask):
     """What the loop trains: see vlkern.train.task.Task."""
 
     family = Vae
-    objective: Objective
 
     def examples(
         self, pixels: torch.Tensor, ids: torch.Tensor, chance: Chance, progress: float
@@ -79,5 +78,5 @@ class VaeTask(AutoencoderTask):
 
     def numbers(self) -> dict[str, float]:
         """Of the last batch: PSNR in decibels, and the KL divergence of a picture in nats."""
-        error, kl = self._ranks.mean(self.objective.latest).tolist()
+        error, kl = self.latest()
         return {"psnr": psnr(error), "kl": kl}
