@@ -13,82 +13,137 @@ using coupling::Problem;
 using coupling::Side;
 
 struct Scale {
-  float s, one_minus, log;  // s = 1 / (1 + e^-r), 1 - s, log s
+  float s, one_minus, rest;  // s = 1 / (1 + e^-r), 1 - s, e^-|r|: log s = min(r, 0) - log(1 + rest)
 };
 
 // e^-|r| stops at e^-87, and with it s.
 VLKERN_INLINE Scale scale_of(float r) {
   float e = exp_nonpositive(r < 0 ? r : -r), inverse = reciprocal_unit(1.0f + e), small = e * inverse;
-  return {r < 0 ? small : inverse, r < 0 ? inverse : small, (r < 0 ? r : 0.0f) - log1p_unit(e)};
+  return {r < 0 ? small : inverse, r < 0 ? inverse : small, e};
 }
 
-struct Bound {
-  float scale, log;  // S and log S, what the scale stays below
+// log(p), 1 <= p < inf: of p = m 2^k with 1 <= m < 2.
+VLKERN_INLINE float log_of(float p) {
+  uint32_t bits = std::bit_cast<uint32_t>(p);
+  float m = std::bit_cast<float>((bits & 0x7fffffu) | 0x3f800000u);
+  return float(int32_t(bits >> 23) - 127) * 0.693147181f + log1p_unit(m - 1.0f);
+}
+
+struct Log {
+  float sum, product;  // sum - log(product)
 };
 
-// y = (x + u) S s, returns sum(log(S s))
-template <class T>
-VLKERN_INLINE float forward_all(const T* x, const T* u, const T* r, T* y, int64_t n, Bound most) {
+// sum of term(j), j < n, whose products are at most 4: one logarithm for every 32 of them.
+template <class F>
+VLKERN_INLINE double sum_of_logs(int64_t n, F term) {
+  constexpr int kLanes = 32, kFold = 32;
+  double totals[kLanes] = {}, sum = 0;
+  int64_t j = 0;
+  while (j + kLanes <= n) {
+    float sums[kLanes] = {}, products[kLanes];
+    for (float& p : products) p = 1;
+    for (int fold = 0; fold < kFold && j + kLanes <= n; ++fold, j += kLanes)
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) {
+        Log log = term(j + l);
+        sums[l] += log.sum;
+        products[l] *= log.product;
+      }
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) totals[l] += sums[l] - log_of(products[l]);
+  }
+  for (; j < n; ++j) {
+    Log log = term(j);
+    sum += log.sum - log_of(log.product);
+  }
+  for (int l = 0; l < kLanes; ++l) sum += totals[l];
+  return sum;
+}
+
+struct Mapped {
+  float value;
+  Log log;  // of s
+};
+
+VLKERN_INLINE Log log_of(float r, Scale at) {
+  return {r < 0 ? r : 0.0f, 1.0f + at.rest};
+}
+
+// One element: y = (x + u) S s.
+VLKERN_INLINE Mapped forward_one(float x, float u, float r, float most) {
+  Scale at = scale_of(r);
+  return {(x + u) * (most * at.s), log_of(r, at)};
+}
+
+// One element: x = y / (S s) - u.
+VLKERN_INLINE Mapped inverse_one(float y, float u, float r, float most) {
+  Scale at = scale_of(r);
+  return {y / (most * at.s) - u, log_of(r, at)};
+}
+
+// y = one(x, u, r), returns the sum of log(s). float is read as one stream: caches like that better.
+template <class T, class F>
+VLKERN_INLINE double map_all(const T* x, const T* u, const T* r, T* y, int64_t n, float most, F one) {
+  if constexpr (sizeof(T) == 4)
+    return sum_of_logs(n, [=](int64_t j) VLKERN_INLINE_LAMBDA {
+      Mapped at = one(x[j], u[j], r[j], most);
+      y[j] = at.value;
+      return at.log;
+    });
   const int64_t half = n / 2;
-  float sum = sum_of(half, [=](int64_t j) VLKERN_INLINE_LAMBDA {
+  double sum = sum_of_logs(half, [=](int64_t j) VLKERN_INLINE_LAMBDA {
     Both a = load(x, half, j), b = load(u, half, j), c = load(r, half, j);
-    Scale one = scale_of(c.a), two = scale_of(c.b);
-    store(y, half, j, (a.a + b.a) * (most.scale * one.s), (a.b + b.b) * (most.scale * two.s));
-    return (one.log + most.log) + (two.log + most.log);
+    Mapped first = one(a.a, b.a, c.a, most), second = one(a.b, b.b, c.b, most);
+    store(y, half, j, first.value, second.value);
+    return Log{first.log.sum + second.log.sum, first.log.product * second.log.product};
   });
   if (n % 2) {
-    Scale last = scale_of(to_float(r[n - 1]));
-    y[n - 1] = from_float<T>((to_float(x[n - 1]) + to_float(u[n - 1])) * (most.scale * last.s));
-    sum += last.log + most.log;
+    Mapped last = one(to_float(x[n - 1]), to_float(u[n - 1]), to_float(r[n - 1]), most);
+    y[n - 1] = from_float<T>(last.value);
+    sum += last.log.sum - log_of(last.log.product);
   }
   return sum;
 }
 
-// x = y / (S s) - u, returns -sum(log(S s))
-template <class T>
-VLKERN_INLINE float inverse_all(const T* y, const T* u, const T* r, T* x, int64_t n, Bound most) {
-  const int64_t half = n / 2;
-  float sum = sum_of(half, [=](int64_t j) VLKERN_INLINE_LAMBDA {
-    Both a = load(y, half, j), b = load(u, half, j), c = load(r, half, j);
-    Scale one = scale_of(c.a), two = scale_of(c.b);
-    store(x, half, j, a.a / (most.scale * one.s) - b.a, a.b / (most.scale * two.s) - b.b);
-    return (one.log + most.log) + (two.log + most.log);
-  });
-  if (n % 2) {
-    Scale last = scale_of(to_float(r[n - 1]));
-    x[n - 1] = from_float<T>(to_float(y[n - 1]) / (most.scale * last.s) - to_float(u[n - 1]));
-    sum += last.log + most.log;
-  }
-  return -sum;
+struct Gradients {
+  float dx, dr;
+};
+
+// One element: dx = g S s, dr = (g y + dl) (1 - s).
+VLKERN_INLINE Gradients backward_one(float g, float y, float r, float dl, float most) {
+  Scale at = scale_of(r);
+  return {g * (most * at.s), (g * y + dl) * at.one_minus};
 }
 
-// dx = g S s, dr = (g y + dl) (1 - s)
 template <class T>
 VLKERN_INLINE void backward_all(const T* g, const T* y, const T* r, float dl, T* dx, T* dr, int64_t n,
                                 float most) {
-  const int64_t half = n / 2;
+  const int64_t half = n / 2, single = sizeof(T) == 4 ? 0 : half * 2;
+  if constexpr (sizeof(T) != 4)
 #pragma omp simd
-  for (int64_t j = 0; j < half; ++j) {
-    Both a = load(g, half, j), b = load(y, half, j), c = load(r, half, j);
-    Scale one = scale_of(c.a), two = scale_of(c.b);
-    store(dx, half, j, a.a * (most * one.s), a.b * (most * two.s));
-    store(dr, half, j, (a.a * b.a + dl) * one.one_minus, (a.b * b.b + dl) * two.one_minus);
-  }
-  if (n % 2) {
-    float last = to_float(g[n - 1]);
-    Scale at = scale_of(to_float(r[n - 1]));
-    dx[n - 1] = from_float<T>(last * (most * at.s));
-    dr[n - 1] = from_float<T>((last * to_float(y[n - 1]) + dl) * at.one_minus);
+    for (int64_t j = 0; j < half; ++j) {
+      Both a = load(g, half, j), b = load(y, half, j), c = load(r, half, j);
+      Gradients one = backward_one(a.a, b.a, c.a, dl, most), two = backward_one(a.b, b.b, c.b, dl, most);
+      store(dx, half, j, one.dx, two.dx);
+      store(dr, half, j, one.dr, two.dr);
+    }
+#pragma omp simd
+  for (int64_t j = single; j < n; ++j) {
+    Gradients one = backward_one(to_float(g[j]), to_float(y[j]), to_float(r[j]), dl, most);
+    dx[j] = from_float<T>(one.dx);
+    dr[j] = from_float<T>(one.dr);
   }
 }
 
 // target_clones needs plain functions, one per dtype.
 #define VLKERN_DTYPE(T)                                                                            \
-  VLKERN_SIMD float forward(const T* x, const T* u, const T* r, T* y, int64_t n, Bound most) {     \
-    return forward_all(x, u, r, y, n, most);                                                       \
+  VLKERN_SIMD double forward(const T* x, const T* u, const T* r, T* y, int64_t n, float most) {    \
+    return map_all(x, u, r, y, n, most,                                                            \
+                   [](auto... all) VLKERN_INLINE_LAMBDA { return forward_one(all...); });          \
   }                                                                                                \
-  VLKERN_SIMD float inverse(const T* y, const T* u, const T* r, T* x, int64_t n, Bound most) {     \
-    return inverse_all(y, u, r, x, n, most);                                                       \
+  VLKERN_SIMD double inverse(const T* y, const T* u, const T* r, T* x, int64_t n, float most) {    \
+    return map_all(y, u, r, x, n, most,                                                            \
+                   [](auto... all) VLKERN_INLINE_LAMBDA { return inverse_one(all...); });          \
   }                                                                                                \
   VLKERN_SIMD void backward(const T* g, const T* y, const T* r, float dl, T* dx, T* dr, int64_t n, \
                             float most) {                                                          \
@@ -100,15 +155,15 @@ VLKERN_DTYPE(fp16)
 
 using Indices = std::optional<Tensor>;
 
-struct Mapped {
+struct Outputs {
   Tensor y, logdet, y2;
 };
 
-// Both directions: f(x, u, r, y, n, bound) on each piece, and the sums of what it returns. y2 only if
-// `apart`.
+// Both directions: f(x, u, r, y, n, S) on each piece; logdet = sign sum(log S + what it returns). y2
+// only if `apart`.
 template <class F>
-Mapped map(const Tensor& x_, const Tensor& shift, const Tensor& raw, const Indices& tokens,
-           const Indices& channels, double max_scale, bool apart, F f) {
+Outputs map(const Tensor& x_, const Tensor& shift, const Tensor& raw, const Indices& tokens,
+            const Indices& channels, double max_scale, bool apart, double sign, F f) {
   VLKERN_CHECK(shift.numel() == raw.numel() && x_.scalar_type() == raw.scalar_type() &&
                    x_.scalar_type() == shift.scalar_type(),
                "shift must have the shape of raw_scale, and both the dtype of x");
@@ -117,24 +172,23 @@ Mapped map(const Tensor& x_, const Tensor& shift, const Tensor& raw, const Indic
   Tensor x = torch::stable::contiguous(x_), y = empty(x, shape_of(x), x.scalar_type());
   Tensor logdet = empty(x, {p.B}, ScalarType::Float),
          y2 = apart ? empty(x, shape_of(raw), x.scalar_type()) : y;
-  Bound most{float(max_scale), float(std::log(max_scale))};
-  std::vector<float> sums(p.B * p.pieces);
+  std::vector<double> sums(p.B * p.pieces);
   dispatch(x.scalar_type(), [&]<class T>() {
     Side<T> u(shift, p), r(raw, p);
     const T* in = x.const_data_ptr<T>();
     T *out = y.mutable_data_ptr<T>(), *part = y2.mutable_data_ptr<T>();
     for_each_piece<T>(p, [&](Piece<T>& piece, int64_t task) {
       sums[task] = f(piece.part(in, 0), piece.rows(u, 1), piece.rows(r, 2), piece.open_part(out, 3),
-                     piece.elements(), most);
+                     piece.elements(), float(max_scale));
       piece.close_part(in, out, 3);
       if (apart) piece.copy_rows(part, 3);
     });
   });
   float* total = logdet.mutable_data_ptr<float>();
   for (int64_t b = 0; b < p.B; ++b) {
-    double sum = 0;
+    double sum = double(p.n * p.k) * std::log(max_scale);
     for (int64_t i = 0; i < p.pieces; ++i) sum += sums[b * p.pieces + i];
-    total[b] = float(sum);
+    total[b] = float(sign * sum);
   }
   return {y, logdet, y2};
 }
@@ -144,20 +198,20 @@ constexpr auto kInverse = [](auto... args) { return inverse(args...); };
 
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& shift, const Tensor& raw,
                                            Indices tokens, Indices channels, double max_scale) {
-  Mapped to = map(x, shift, raw, tokens, channels, max_scale, false, kForward);
+  Outputs to = map(x, shift, raw, tokens, channels, max_scale, false, 1, kForward);
   return {to.y, to.logdet};
 }
 
 std::tuple<Tensor, Tensor, Tensor> affine_coupling_part(const Tensor& x, const Tensor& shift,
                                                         const Tensor& raw, Indices tokens, Indices channels,
                                                         double max_scale) {
-  Mapped to = map(x, shift, raw, tokens, channels, max_scale, true, kForward);
+  Outputs to = map(x, shift, raw, tokens, channels, max_scale, true, 1, kForward);
   return {to.y, to.logdet, to.y2};
 }
 
 std::tuple<Tensor, Tensor> affine_coupling_inverse(const Tensor& y, const Tensor& shift, const Tensor& raw,
                                                    Indices tokens, Indices channels, double max_scale) {
-  Mapped to = map(y, shift, raw, tokens, channels, max_scale, false, kInverse);
+  Outputs to = map(y, shift, raw, tokens, channels, max_scale, false, -1, kInverse);
   return {to.y, to.logdet};
 }
 
