@@ -16,7 +16,7 @@ from vlkern.painting.base import Measures, Options, Pictures
 _CHUNK = 64
 _SHOWN = 16
 #: Unless options say otherwise.
-TEMPERATURE, GUIDANCE = 0.95, 2.0
+TEMPERATURE, GUIDANCE = 1.0, 1.0
 
 
 def words_of(model: JetFormer, folder: Path) -> Any:
