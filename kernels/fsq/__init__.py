@@ -93,13 +93,13 @@ def fsq_quantize(
     Example:
         >>> codes, indices = vlkern.ops.fsq_quantize(torch.randn(2, 256, 4), [8, 5, 5, 5])
     """
-    z, thresholds, levels, symmetric = _bind(z, levels, variant=variant)
+    z, thresholds, sizes, symmetric = _bind(z, levels, variant=variant)
     backend = _op.choose(z)
     if torch.is_grad_enabled() and z.requires_grad:
-        slopes = constant("slopes", levels, symmetric, torch.promote_types(z.dtype, torch.float32), z)
-        result: tuple[torch.Tensor, torch.Tensor] = _Quantize.apply(z, thresholds, slopes, levels, (symmetric, backend))
+        slopes = constant("slopes", sizes, symmetric, torch.promote_types(z.dtype, torch.float32), z)
+        result: tuple[torch.Tensor, torch.Tensor] = _Quantize.apply(z, thresholds, slopes, sizes, (symmetric, backend))
         return result
-    codes, indices = _forward[backend](z, thresholds, levels, symmetric)
+    codes, indices = _forward[backend](z, thresholds, sizes, symmetric)
     return codes, indices
 
 
@@ -127,16 +127,16 @@ def fsq_dequantize(
     Example:
         >>> codes = vlkern.ops.fsq_dequantize(torch.tensor([0, 999]), [8, 5, 5, 5])
     """
-    levels, symmetric = check_levels(levels), check_variant(variant)
+    sizes, symmetric = check_levels(levels), check_variant(variant)
     if _checks.tensor("indices", indices).dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
     if dtype not in _checks.FLOATS:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     if indices.numel() and _checks.values_may_be_read(indices):
         low, high = (int(end) for end in indices.aminmax())
-        if low < -1 or high >= prod(levels):
+        if low < -1 or high >= prod(sizes):
             wrong = low if low < -1 else high
-            raise ValueError(f"indices must be in [0, {prod(levels)}), or -1 for NaN, got {wrong}")
-    table = constant("codes", levels, symmetric, dtype, indices)
-    codes: torch.Tensor = _decode[_op.choose(table)](table, indices.long(), levels)
+            raise ValueError(f"indices must be in [0, {prod(sizes)}), or -1 for NaN, got {wrong}")
+    table = constant("codes", sizes, symmetric, dtype, indices)
+    codes: torch.Tensor = _decode[_op.choose(table)](table, indices.long(), sizes)
     return codes
