@@ -187,8 +187,8 @@ def save_pretrained(
     paints = picture_files.is_one(model)
     if not isinstance(model, Saved) and not paints:
         kinds = [*get_args(Saved), *(kind for _, kind in picture_files.MODELS.values())]
-        names = ", ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"model must be one of {names}, got {type(model).__name__}")
+        known = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"model must be one of {known}, got {type(model).__name__}")
     if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise ValueError(f"max_shard_size must be a positive integer, got {max_shard_size!r}")
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
