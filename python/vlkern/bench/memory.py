@@ -23,6 +23,11 @@ def _status(field: str) -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith(field))
 
 
+def _bytes(results: list[torch.Tensor]) -> int:
+    """Each memory once: two inputs may share one gradient."""
+    return sum({t.data_ptr(): t.nbytes for t in results}.values())
+
+
 def _peak_on_cpu(inputs: Inputs, function: Function, mode: str, libc: ctypes.CDLL) -> int:
     gc.collect()
     libc.malloc_trim(0)
@@ -30,7 +35,7 @@ def _peak_on_cpu(inputs: Inputs, function: Function, mode: str, libc: ctypes.CDL
         marks.write("5")  # the high-water mark starts again from here
     before = _status("VmRSS")
     results = inputs.run(function, mode)
-    return _status("VmHWM") - before - sum(t.nbytes for t in results)
+    return _status("VmHWM") - before - _bytes(results)
 
 
 def _warm_up(case: Case, contestant: Contestant, inputs: Inputs, function: Function) -> None:
@@ -90,7 +95,7 @@ def _on_cuda(case: Case, contestant: Contestant, modes: tuple[str, ...]) -> dict
         before = torch.cuda.memory_allocated()
         results = inputs.run(function, mode)
         torch.cuda.synchronize()
-        peaks[mode] = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
+        peaks[mode] = torch.cuda.max_memory_allocated() - before - _bytes(results)
     return peaks
 
 
