@@ -79,11 +79,12 @@ def _cross_entropy_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
 def _linear_mixture_in_blocks(inputs: Inputs) -> list[torch.Tensor]:
     """nll and its gradients, 64 tokens at a time, whose parameters fit."""
     hidden, weight, bias, target = (t.detach() for t in inputs.args)
-    d_weight, d_bias, found = torch.zeros_like(weight), torch.zeros_like(bias), []
+    d_weight, d_bias, found, grad = torch.zeros_like(weight), torch.zeros_like(bias), [], inputs.grads[0]
+    assert grad is not None
     for rows in torch.arange(len(hidden)).split(64):
         nll, log_weights = linear_mixture.linear_gmm_nll(hidden[rows], weight, bias, target[rows], True, 1e-6)
         parts = linear_mixture.linear_gmm_nll_backward(
-            inputs.grads[0][rows], hidden[rows], weight, bias, target[rows], log_weights, True, 1e-6, True, True
+            grad[rows], hidden[rows], weight, bias, target[rows], log_weights, True, 1e-6, True, True
         )
         d_weight += parts[1]
         d_bias += parts[2]
