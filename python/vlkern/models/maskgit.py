@@ -15,6 +15,7 @@ Sources: Chang et al., MaskGIT: Masked Generative Image Transformer, 2022; Mentz
 2023 (classes that are dropped, guidance).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ from vlkern.layers.attention import attend
 from vlkern.layers.linear import Linear, linear
 from vlkern.layers.packed import check_heads
 
-#: Standard deviation of what parameters start with, cut at two of them.
+#: Standard deviation of what parameters start with at a width of 768, cut at two of them. It goes as 1 / sqrt(width):
+#: with 0.02 at a width of 192 blocks hardly change what passes them, and learn nothing for long.
 STD = 0.02
 
 
@@ -76,8 +78,9 @@ PRESETS = {
 }
 
 
-def _start(module: nn.Linear | nn.Embedding) -> None:
-    nn.init.trunc_normal_(module.weight, std=STD, a=-2 * STD, b=2 * STD)
+def _start(module: nn.Linear | nn.Embedding, width: int) -> None:
+    std = STD * math.sqrt(768 / width)
+    nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
@@ -147,7 +150,7 @@ class MaskGit(nn.Module):
         self.head_bias = nn.Parameter(torch.zeros(config.vocabulary))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                _start(module)
+                _start(module, config.width)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The layers, for FSDP."""
