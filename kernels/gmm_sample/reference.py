@@ -122,8 +122,8 @@ def gmm_guided_sample(
     min_scale: float,
 ) -> torch.Tensor:
     """As gmm_sample, with tries and chances [R, N, d] for R rounds of rejection; -> z [N, d]."""
-    of = _drawn((params, unconditional), uniform, dims, joint, temperature, mixture_temperature, min_scale)
-    delta, accepted = Guided.of(*of, guidance).try_out(tries, chances)
+    with_, without = _drawn((params, unconditional), uniform, dims, joint, temperature, mixture_temperature, min_scale)
+    delta, accepted = Guided.of(with_, without, guidance).try_out(tries, chances)
     first = accepted.int().argmax(0, keepdim=True)
-    loc, scale = of[0]
+    loc, scale = with_
     return loc + torch.where(accepted.any(0), delta.gather(0, first).squeeze(0), scale * eps)
