@@ -25,7 +25,7 @@ st = hypothesis.strategies
 
 OP = REGISTRY["gmm_nll"]
 every_backend = pytest.mark.parametrize("name", ("reference", *KERNELS))
-EXAMPLES, SEEDS = (3, range(2)) if TRITON_INTERPRETS else (20, range(6))
+EXAMPLES, SEEDS = (2, range(2)) if TRITON_INTERPRETS else (20, range(6))
 fuzz = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 layouts = pytest.mark.parametrize("layout", _mixture.LAYOUTS)
 
@@ -85,7 +85,7 @@ def test_kernels_agree(name, data):
     """Any sizes and dtypes, also a target of another dtype, and scales that are clamped."""
     layout = data.draw(st.sampled_from(_mixture.LAYOUTS))
     k, d = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 70))
-    n = data.draw(st.integers(0, 4 if TRITON_INTERPRETS else 30))
+    n = data.draw(st.integers(0, 3 if TRITON_INTERPRETS else 30))
     dtype, of_target = data.draw(st.sampled_from(dtypes(name))), data.draw(st.sampled_from(dtypes(name)))
     least, calls = data.draw(st.sampled_from([1e-6, 0.75])), []
     for seed in SEEDS:
@@ -110,13 +110,13 @@ def test_leading_shapes_and_dtypes(name):
 @layouts
 def test_extreme_arguments_stay_finite(name, layout):
     """Scales from min_scale to the largest float, targets as far from everything as float32 allows."""
-    sizes = torch.tensor([0.0, 1e-30, 1.0, 1e4, 1e10, 1e18, 1e25, 3e38])
+    sizes = torch.tensor([0.0, 1.0, 1e4, 1e18, 3e38])
     raw = torch.cat([sizes, -sizes]).to(device(name))
-    for at in (0.0, 1.0, -1e10, 3e38):
+    for at in (0.0, -1e10, 3e38):
         zero = torch.zeros_like(raw)
         parts = torch.stack([zero, zero, raw], 1)
-        target = torch.full((16, 1), at, device=device(name))
-        shape = (16,) if layout == "joint" else (16, 1)
+        target = torch.full((10, 1), at, device=device(name))
+        shape = (10,) if layout == "joint" else (10, 1)
         found = run(name, (parts, target), {"layout": layout}, cotangents=[torch.ones(shape)])
         for result in found.outputs + found.gradients:
             assert result.isfinite().all(), at
@@ -173,11 +173,10 @@ def test_nan_is_not_swallowed(name, layout):
 
 
 @every_backend
-@pytest.mark.parametrize("sample", [samples.Sample("large", (4,), 256, 128), samples.Sample("small", (64,), 16, 32)])
-def test_saved_bytes(name, sample):
+@pytest.mark.parametrize(("n", "k", "d"), [(2, 256, 128), (8, 16, 32)])
+def test_saved_bytes(name, n, k, d):
     """Parameters and target, which the caller has, and one number per component: below 2 % of the parameters."""
-    args, _ = samples.inputs(sample, torch.float32, device(name))
-    args, saved = [a.requires_grad_() for a in args], []
+    args, saved = [a.requires_grad_() for a in tokens(n, k, d, where=device(name))], []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with hooks, vlkern.backend(name):
         gmm_nll(*args)
