@@ -323,7 +323,7 @@ class Jet(nn.Module):
         """
         self._check("x", x_BNK, context_BME)
         run = flows.invertible if self.config.invertible and torch.is_grad_enabled() else flows.forward
-        return run(self.couplings, x_BNK, context_BME)
+        return run(self.blocks(), x_BNK, context_BME)
 
     def inverse(self, z_BNK: torch.Tensor, context_BME: torch.Tensor | None = None) -> torch.Tensor:
         """Noise to data: undoes `forward`. Without gradients; run it in float32 or wider.
@@ -345,7 +345,7 @@ class Jet(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `inverse`, with log |det dx/dz| [B] float32."""
         self._check("z", z_BNK, context_BME)
-        return flows.inverse(self.couplings, z_BNK, context_BME)
+        return flows.inverse(self.blocks(), z_BNK, context_BME)
 
     def bits(self, x_BNK: torch.Tensor, context_BME: torch.Tensor | None = None) -> torch.Tensor:
         """Bits per dimension [B] float32 of pictures of 256 levels in [-1, 1] with noise of one level on them."""

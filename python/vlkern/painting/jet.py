@@ -34,7 +34,7 @@ def paint(model: Jet, folder: Path, options: Options) -> torch.Tensor:
 
 def measure(model: Jet, folder: Path, pictures: Pictures) -> Measures:
     """Bits per sub-pixel, errors of the way forth and back in several dtypes, the cheapest and dearest pictures."""
-    device = model.couplings[0].order.device
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     x = model.tokens(flows.dequantise(pictures.pixels, generator))
     bits = torch.cat([model.bits(part.to(device)).cpu() for part in x.split(_CHUNK)])
