@@ -2,8 +2,8 @@
 
 The rival is the same transformer of `nn.Linear`, `F.scaled_dot_product_attention`, `F.gelu` and `F.layer_norm`, and
 the loop as published: the logits of the whole sequence and vocabulary in every step, softmax, multinomial, Gumbel
-noise, sort. With guidance both ask twice a step. The pictures are of one class, as `vlkern generate --class` draws
-them. Tokens are chance, so what is checked against float64 before the race is what both models make of the same
+noise, sort. With guidance both ask twice a step. The pictures are of different classes, so that no step can be shared
+between them. Tokens are chance, so what is checked against float64 before the race is what both models make of the same
 half-filled picture. Results are written and shown like those of an op.
 """
 
@@ -135,7 +135,7 @@ def event(preset: str, batch: int, steps: int, guidance: float) -> Event:
     """All steps of `batch` pictures."""
     ours = MaskGit(PRESETS[preset])
     c, theirs = ours.config, Plain(ours)
-    labels = torch.full((batch,), c.classes // 2)
+    labels = torch.arange(batch) % c.classes
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(c.codes, (batch, c.tokens), generator=generator)
     half = (ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.5, c.mask), labels)
