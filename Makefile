@@ -17,7 +17,7 @@ test: lint  ## build, lint and run everything that needs no GPU
 	$(MAKE) --jobs 2 --output-sync test-compilers test-python
 
 # What compiles or interprets uses one core for minutes, so it runs beside the rest.
-COMPILERS := tests/triton tests/cuda tests/test_install.py tests/test_sanitizers.py
+COMPILERS := tests/amx tests/triton tests/cuda tests/test_install.py tests/test_sanitizers.py
 test-compilers: .venv/built
 	$(BIN)/python -m pytest $(COMPILERS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py tests/kernels -k triton

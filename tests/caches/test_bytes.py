@@ -20,7 +20,7 @@ GEMMA3 = {
 
 def new_caches(name, *args, **kwargs):
     weight = torch.empty(0, dtype=torch.bfloat16, device="meta")
-    model = SimpleNamespace(config=PRESETS[name], model=SimpleNamespace(norm=SimpleNamespace(weight=weight)))
+    model = SimpleNamespace(config=PRESETS[name], model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
     return Gemma.new_caches(model, *args, **kwargs)
 
 
