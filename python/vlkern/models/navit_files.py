@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from vlkern.errors import UserError
-from vlkern.layers.init import shapes_only
 from vlkern.models import state
 from vlkern.models.navit import Navit, NavitClassifier, NavitConfig, TextConfig, VisionConfig
 
@@ -69,9 +68,4 @@ def load(
     """
     if config is not None:
         raise ValueError(f"config must be None: {checkpoint.path} is {WHAT}")
-    with shapes_only():
-        model = build(entries, file)
-    wanted = model.state_dict()
-    tensors = state.collect(checkpoint, wanted, {name: state.same(name) for name in wanted}, dtype)
-    model.load_state_dict(tensors, assign=True)
-    return model
+    return state.load_same(checkpoint, lambda: build(entries, file), dtype)

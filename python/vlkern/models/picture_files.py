@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from vlkern.errors import UserError
-from vlkern.layers.init import shapes_only
 from vlkern.models import fsq_autoencoder, givt, jet, jetformer, maskgit, state, vae, vit_vae
 
 #: model_type -> (its configuration, a frozen dataclass, maybe of others; its model, made of the configuration alone)
@@ -92,9 +91,4 @@ def load(
     """
     if config is not None:
         raise ValueError(f"config must be None: {checkpoint.path} is {WHAT}")
-    with shapes_only():
-        model = build(entries, file)
-    wanted = model.state_dict()
-    tensors = state.collect(checkpoint, wanted, {name: state.same(name) for name in wanted}, dtype)
-    model.load_state_dict(tensors, assign=True)
-    return model
+    return state.load_same(checkpoint, lambda: build(entries, file), dtype)

@@ -15,8 +15,10 @@ from typing import IO, NoReturn, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from vlkern.errors import UserError
+from vlkern.layers.init import shapes_only
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -265,6 +267,16 @@ def collect(
         kind = dtype if wanted[name].dtype in FLOATS else None  # whole numbers stay what they are
         state[name] = sources[name].make(*parts).to(kind).contiguous()
     return {name: state[name] for name in wanted}
+
+
+def load_same(checkpoint: Checkpoint, build: Callable[[], nn.Module], dtype: torch.dtype | None) -> nn.Module:
+    """The model that `build` makes, with the tensors of the same names. Errors as `collect`."""
+    with shapes_only():
+        model = build()
+    wanted = model.state_dict()
+    tensors = collect(checkpoint, wanted, {name: same(name) for name in wanted}, dtype)
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 def need(checkpoint: Checkpoint, dims: Mapping[str, int]) -> list[tuple[int, ...]]:
