@@ -12,8 +12,8 @@ from typing import NoReturn
 COMMANDS = {
     "info": ("vlkern.info", "what was built, what this machine offers, and which backends each op has here"),
     "demo": ("vlkern.demo.cli", "train a small SigLIP on real pictures and search them"),
-    "train": ("vlkern.train.cli", "train a model on image-text pairs, on one process or under torchrun"),
-    "eval": ("vlkern.evaluation.cli", "measure a trained model: retrieval, zero-shot classification, languages"),
+    "train": ("vlkern.train.cli", "train a model on pictures, texts or classes, on one process or under torchrun"),
+    "eval": ("vlkern.evaluation.cli", "measure a trained model: retrieval, classification, languages, made pictures"),
     "generate": ("vlkern.generation.cli", "answer a prompt about pictures, continue a text, or make pictures"),
     "search": ("vlkern.search.cli", "find pictures by words"),
     "bench": ("vlkern.bench.cli", "compare every op with its rivals"),

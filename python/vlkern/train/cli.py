@@ -17,9 +17,9 @@ RECIPES = {
     "fsq": ("vlkern.train.fsq", "an autoencoder with finite scalar quantization"),
     "vae": ("vlkern.train.vae", "a beta-VAE, the autoencoder of GIVT"),
     "maskgit": ("vlkern.train.maskgit", "MaskGIT, which fills in the codes of an FSQ autoencoder"),
+    "jet": ("vlkern.train.jet", "a Jet, a normalizing flow of pictures"),
     "jetformer": ("vlkern.train.jetformer", "JetFormer, a flow and a decoder of pictures and texts"),
     "givt": ("vlkern.train.givt", "a GIVT on the latents of a beta-VAE, with classes"),
-    "jet": ("vlkern.train.jet", "a Jet, a normalizing flow of pictures"),
 }
 
 
