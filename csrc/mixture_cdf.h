@@ -1,0 +1,122 @@
+// Cumulative probabilities of mixtures of Gaussians in whole numbers, the same on every machine: what the
+// coder of host/ and the kernels of the room mixture_cdf share.
+//
+//   phi(x)   of x = num / den:  q, r = divmod(64 num, den),  PHI[q] + floor((PHI[q + 1] - PHI[q]) r / den),
+//            0 below q = -512, 2^30 from q = 512 on
+//   F(k)     floor(sum_m w_m phi((256 k + 128 - mu_m) / SIG[s_m]) / 2^12)        the mixture up to k + 1/2
+//   entry j  floor((F(low + j - 1) - F(low - 1)) (65536 - (n + 1)) / 2^30) + j,  0 <= j <= n;  then 65536
+//
+// mu_m in 1/256, |mu_m| <= 2^23; w_m >= 0, sum 2^12. A row has n bins and an escape, and rises strictly.
+// No number leaves 32 bits but the sums and products that are written with 64.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define VLKERN_MIXTURE_CODE __device__ inline
+#define VLKERN_MIXTURE_DATA __device__ const
+#else
+#define VLKERN_MIXTURE_CODE inline
+#define VLKERN_MIXTURE_DATA constexpr
+#endif
+
+namespace vlkern::mixture {
+
+constexpr int kScales = 64, kOne = 1 << 30, kTotal = 1 << 16, kWeights = 1 << 12, kMostMean = 1 << 23;
+constexpr int kLeastHalf = 8, kMostHalf = 512;  // of a window, in symbols
+constexpr int kSteps = 64, kReach = 8;          // of the table: steps a standard deviation, how many of them
+
+// round(2^30 Phi(i / 64 - 8))
+VLKERN_MIXTURE_DATA int32_t kPhi[2 * kSteps * kReach + 1] = {
+#include "mixture_cdf_phi.inc"
+};
+
+// round(256 s), s = 0.11 ... 256 in equal steps of log s
+VLKERN_MIXTURE_DATA int32_t kSigma[kScales] = {
+    28,    32,    36,    41,    46,    52,    59,    67,    75,    85,    96,    109,   123,
+    139,   158,   178,   202,   228,   258,   292,   330,   373,   422,   477,   540,   610,
+    690,   781,   883,   999,   1130,  1277,  1445,  1634,  1848,  2090,  2363,  2673,  3023,
+    3419,  3866,  4373,  4945,  5593,  6325,  7154,  8090,  9150,  10348, 11703, 13235, 14968,
+    16928, 19145, 21652, 24487, 27694, 31320, 35422, 40060, 45306, 51238, 57948, 65536};
+
+// The mixture of one symbol: component m at [m stride], so that neighbouring symbols may be neighbours.
+struct Mixture {
+  const int32_t* means;
+  const uint8_t* scales;
+  const int16_t* weights;
+  int count;
+  int64_t stride;
+};
+
+struct Window {
+  int32_t low, half;  // symbols low ... low + 2 half - 1
+};
+
+// floor(t / d) for 0 <= t < 2^50 and 28 <= d <= 2^16; inverse is 1 / d, rounded.
+//
+// (t + 1/2) / d is at least 1 / (2 d) away from the whole numbers. What is computed differs from it by two
+// roundings, at most (t + 1/2) / d times 2^-52 (1 + 2^-53), which is less. t + 1/2 is exact.
+VLKERN_MIXTURE_CODE int64_t divide(int64_t t, double inverse) {
+  return int64_t((double(t) + 0.5) * inverse);
+}
+
+// phi as above, |num| < 2^31 - 8 den. x is clamped to +-8, where the formula has its ends, so that the
+// dividends are not negative; x = 8 is the end of the last step.
+VLKERN_MIXTURE_CODE int32_t phi(int32_t num, int32_t den, double inverse) {
+  const int32_t end = kReach * den;
+  num = num < -end ? -end : num > end ? end : num;
+  const int32_t t = kSteps * (num + end);
+  int32_t q = int32_t(divide(t, inverse));
+  q = q < 2 * kSteps * kReach ? q : 2 * kSteps * kReach - 1;
+  return kPhi[q] + int32_t(divide(int64_t(kPhi[q + 1] - kPhi[q]) * (t - q * den), inverse));
+}
+
+VLKERN_MIXTURE_CODE int32_t phi(int32_t num, int32_t den) {
+  return phi(num, den, 1.0 / den);
+}
+
+// F(k), |k| <= 2^16
+VLKERN_MIXTURE_CODE int32_t cumulative(const Mixture& m, int32_t k) {
+  int64_t sum = 0;
+  for (int i = 0; i < m.count; ++i) {
+    const int64_t at = i * m.stride;
+    sum += int64_t(m.weights[at]) * phi(256 * k + 128 - m.means[at], kSigma[m.scales[at]]);
+  }
+  return int32_t(sum >> 12);
+}
+
+// The window of a mixture: centre = round(sum_m w_m mu_m), half the smallest power of two from 8 to 512 with
+// 256 half >= |mu_m - 256 centre| + 6 SIG_m for every w_m > 0, if there is one.
+VLKERN_MIXTURE_CODE Window window(const Mixture& m) {
+  int64_t sum = 0;
+  for (int i = 0; i < m.count; ++i) sum += int64_t(m.weights[i * m.stride]) * m.means[i * m.stride];
+  const int32_t centre = (int32_t(sum >> 12) + 128) >> 8;
+  int32_t half = kLeastHalf;
+  for (int i = 0; i < m.count; ++i) {
+    const int64_t at = i * m.stride;
+    const int32_t away = m.means[at] - 256 * centre;
+    const int32_t reach = (away < 0 ? -away : away) + 6 * kSigma[m.scales[at]];
+    while (m.weights[at] > 0 && half < kMostHalf && 256 * half < reach) half *= 2;
+  }
+  return {centre - half, half};
+}
+
+// F(low - 1) of a window that `window` found. Up to half = 16 its components have SIG <= 610, and 64 num /
+// den
+// <= -384 - 64 * 128 / 610 < -397, where the table is still 0.
+VLKERN_MIXTURE_CODE int32_t before(const Mixture& m, Window w) {
+  return w.half <= 16 ? 0 : cumulative(m, w.low - 1);
+}
+
+// Entry j <= n of the row of a window, given cumulatives F(low - 1) and F(low + j - 1).
+VLKERN_MIXTURE_CODE int32_t entry(int32_t start, int32_t at, int32_t j, int32_t n) {
+  return int32_t(int64_t(at - start) * (kTotal - (n + 1)) >> 30) + j;
+}
+
+// Entry j of the row of n bins from `low`, 0 <= j <= n + 1: what a decoder that bisects asks for.
+VLKERN_MIXTURE_CODE int32_t cdf(const Mixture& m, int32_t low, int32_t n, int32_t j) {
+  if (j > n) return kTotal;
+  return entry(cumulative(m, low - 1), cumulative(m, low + j - 1), j, n);
+}
+
+}  // namespace vlkern::mixture
