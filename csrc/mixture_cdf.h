@@ -40,6 +40,7 @@ VLKERN_MIXTURE_DATA int32_t kSigma[kScales] = {
     16928, 19145, 21652, 24487, 27694, 31320, 35422, 40060, 45306, 51238, 57948, 65536};
 
 // The mixture of one symbol: component m at [m stride], so that neighbouring symbols may be neighbours.
+// Whatever the bytes, no index leaves a table.
 struct Mixture {
   const int32_t* means;
   const uint8_t* scales;
@@ -52,37 +53,36 @@ struct Window {
   int32_t low, half;  // symbols low ... low + 2 half - 1
 };
 
-// floor(t / d) for 0 <= t < 2^50 and 28 <= d <= 2^16; inverse is 1 / d, rounded.
+// floor(t / d) for whole numbers 0 <= t < 2^50 and 28 <= d <= 2^16, below 2^31; inverse is 1 / d, rounded.
 //
 // (t + 1/2) / d is at least 1 / (2 d) away from the whole numbers. What is computed differs from it by two
-// roundings, at most (t + 1/2) / d times 2^-52 (1 + 2^-53), which is less. t + 1/2 is exact.
-VLKERN_MIXTURE_CODE int64_t divide(int64_t t, double inverse) {
-  return int64_t((double(t) + 0.5) * inverse);
+// roundings, less than (t + 1/2) / d times 2^-51, which is less than that. t + 1/2 is exact.
+VLKERN_MIXTURE_CODE int32_t divide(double t, double inverse) {
+  return int32_t((t + 0.5) * inverse);
 }
 
-// phi as above, |num| < 2^31 - 8 den. x is clamped to +-8, where the formula has its ends, so that the
-// dividends are not negative; x = 8 is the end of the last step.
+// phi as above, |num| < 2^31 - 8 den; inverse is 1 / den, rounded. x is clamped to +-8, where the table ends,
+// so that no dividend is negative; x = 8 is the end of the last step. The double precision holds only whole
+// numbers: every instruction set has vectors of them, few have products and quotients of 64 bits.
 VLKERN_MIXTURE_CODE int32_t phi(int32_t num, int32_t den, double inverse) {
   const int32_t end = kReach * den;
-  num = num < -end ? -end : num > end ? end : num;
+  num = num < -end ? -end : num;
+  num = num > end ? end : num;
   const int32_t t = kSteps * (num + end);
-  int32_t q = int32_t(divide(t, inverse));
+  int32_t q = divide(t, inverse);
   q = q < 2 * kSteps * kReach ? q : 2 * kSteps * kReach - 1;
-  return kPhi[q] + int32_t(divide(int64_t(kPhi[q + 1] - kPhi[q]) * (t - q * den), inverse));
-}
-
-VLKERN_MIXTURE_CODE int32_t phi(int32_t num, int32_t den) {
-  return phi(num, den, 1.0 / den);
+  return kPhi[q] + divide(double(kPhi[q + 1] - kPhi[q]) * double(t - q * den), inverse);
 }
 
 // F(k), |k| <= 2^16
 VLKERN_MIXTURE_CODE int32_t cumulative(const Mixture& m, int32_t k) {
-  int64_t sum = 0;
+  double sum = 0;  // below 2^43
   for (int i = 0; i < m.count; ++i) {
     const int64_t at = i * m.stride;
-    sum += int64_t(m.weights[at]) * phi(256 * k + 128 - m.means[at], kSigma[m.scales[at]]);
+    const int32_t den = kSigma[m.scales[at] % kScales];
+    sum += double(m.weights[at]) * double(phi(256 * k + 128 - m.means[at], den, 1.0 / den));
   }
-  return int32_t(sum >> 12);
+  return int32_t(sum * (1.0 / kWeights));
 }
 
 // The window of a mixture: centre = round(sum_m w_m mu_m), half the smallest power of two from 8 to 512 with
@@ -95,14 +95,13 @@ VLKERN_MIXTURE_CODE Window window(const Mixture& m) {
   for (int i = 0; i < m.count; ++i) {
     const int64_t at = i * m.stride;
     const int32_t away = m.means[at] - 256 * centre;
-    const int32_t reach = (away < 0 ? -away : away) + 6 * kSigma[m.scales[at]];
+    const int32_t reach = (away < 0 ? -away : away) + 6 * kSigma[m.scales[at] % kScales];
     while (m.weights[at] > 0 && half < kMostHalf && 256 * half < reach) half *= 2;
   }
   return {centre - half, half};
 }
 
-// F(low - 1) of a window that `window` found. Up to half = 16 its components have SIG <= 610, and 64 num /
-// den
+// F(low - 1) of a window that `window` found. Up to half = 16 every SIG is at most 610, so that 64 num / den
 // <= -384 - 64 * 128 / 610 < -397, where the table is still 0.
 VLKERN_MIXTURE_CODE int32_t before(const Mixture& m, Window w) {
   return w.half <= 16 ? 0 : cumulative(m, w.low - 1);
@@ -110,7 +109,7 @@ VLKERN_MIXTURE_CODE int32_t before(const Mixture& m, Window w) {
 
 // Entry j <= n of the row of a window, given cumulatives F(low - 1) and F(low + j - 1).
 VLKERN_MIXTURE_CODE int32_t entry(int32_t start, int32_t at, int32_t j, int32_t n) {
-  return int32_t(int64_t(at - start) * (kTotal - (n + 1)) >> 30) + j;
+  return int32_t(double(at - start) * double(kTotal - (n + 1)) * (1.0 / kOne)) + j;
 }
 
 // Entry j of the row of n bins from `low`, 0 <= j <= n + 1: what a decoder that bisects asks for.
