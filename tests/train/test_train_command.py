@@ -185,8 +185,9 @@ def test_damaged_checkpoint(shard, folder, capfd):
     ],
 )
 def test_bad_options(more, parts, shard, folder, capfd):
-    fails(options(shard, folder, *more), capfd, *parts)
-    assert not (folder / "config.json").exists()
+    """And leave no folder behind, nor those above it."""
+    fails(options(shard, folder / "deeper", *more), capfd, *parts)
+    assert not folder.exists()
 
 
 def test_what_cannot_be_read_is_said_once(folder, tmp_path, capfd):
@@ -215,8 +216,9 @@ def test_a_tokenizer_larger_than_the_vocabulary(shard, folder, capfd, tmp_path):
     merges = [(2 + i, 2 + j) for i in range(10) for j in range(10)]
     data.ByteTokenizer(8, merges).save(tmp_path)
     parts = ["--tokenizer", "358", "300"]
+    folder.mkdir()
     fails(options(shard, folder, "--tokenizer", tmp_path / "byte_pairs.json"), capfd, *parts)
-    assert not (folder / "config.json").exists()
+    assert [path.name for path in folder.iterdir()] == [".lock"]  # the folder was there before
 
 
 def test_a_folder_that_is_not_empty(shard, folder, capfd):

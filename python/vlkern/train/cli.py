@@ -44,4 +44,7 @@ def run(args: argparse.Namespace) -> int:
             if ranks.first:
                 raise
             raise UserError(f"rank {ranks.rank}: {error}") from error
+        finally:
+            if ranks.first and "folder" in args:
+                args.folder.leave()
     return 0

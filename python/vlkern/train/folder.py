@@ -2,11 +2,15 @@
 
 import fcntl
 import json
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
 from vlkern._files import reason
 from vlkern.errors import UserError
+
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -15,6 +19,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []
 
     def begin(self) -> None:
         """Take a new folder, or an empty one; files whose names begin with a dot do not count.
@@ -44,15 +49,25 @@ class RunFolder:
             raise UserError(f"{self._config}: expected an object, got {type(config).__name__}")
         return config
 
+    def leave(self) -> None:
+        """Remove the folders that were made for a run which wrote nothing."""
+        with suppress(OSError):
+            if self._made and [entry.name for entry in self.path.iterdir()] == [_LOCK]:
+                (self.path / _LOCK).unlink()
+                for folder in self._made:
+                    folder.rmdir()
+
     @property
     def _config(self) -> Path:
         return self.path / "config.json"
 
     def _take(self) -> None:
         try:
+            missing = list(takewhile(lambda folder: not folder.exists(), (self.path, *self.path.parents)))
             self.path.mkdir(parents=True, exist_ok=True)
+            self._made = missing
             # A record lock goes with the process, however it ends, and forked workers do not inherit it.
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / _LOCK).open("w")
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot write there ({reason(error)})") from error
         try:
