@@ -44,3 +44,21 @@ def write_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({reason(error)})") from error
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Make the folder and see that it takes files: said before the work, not after it. Raises UserError if not."""
+    probe = folder / f".vlkern-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot write there ({error.strerror})") from error
+
+
+def check_file(option: str, path: Path) -> None:
+    """See that a file can be written under this name. Raises UserError if not."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, expected a file name")
+    check_folder(option, path.parent)

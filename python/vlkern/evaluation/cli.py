@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from vlkern._files import check_folder
 from vlkern._progress import say
 from vlkern.errors import UserError
 from vlkern.evaluation import paligemma, plots, report, tasks
@@ -56,7 +57,7 @@ def _check(args: argparse.Namespace) -> None:
     args.names = load_classes(args.classes) if args.classes else None
     args.retrieval = args.retrieval or not (args.languages or args.class_key or args.images)
     if args.out is not None:
-        report.check_folder("--out", args.out)
+        check_folder("--out", args.out)
 
 
 def _embed(encoder: Encoder, pictures: FolderPictures | ShardPictures) -> Embedded:

@@ -9,7 +9,7 @@ import torch
 
 from vlkern import data, models
 from vlkern._device import device_of
-from vlkern._files import write_file
+from vlkern._files import check_folder, write_file
 from vlkern._progress import say
 from vlkern.data.prompts import check_tokenizer
 from vlkern.errors import UserError
@@ -69,7 +69,7 @@ def _tables(results: dict[str, Any]) -> list[Table]:
 def run(args: argparse.Namespace) -> int:
     """Evaluate. Raises UserError for everything that the user can mend."""
     if args.out is not None:
-        report.check_folder("--out", args.out)
+        check_folder("--out", args.out)
     model = _model(args)
     vocabulary = data.load_vocabulary(args.tokenizer or args.model)
     check_tokenizer(vocabulary, model.config)

@@ -1,37 +1,17 @@
 """What an evaluation leaves: tables for the terminal, and results.json, results.md and plots in a folder."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlkern._files import write_file
-from vlkern.errors import UserError
+from vlkern._files import check_folder, write_file
 from vlkern.evaluation.tables import Table, cut, percent
 
 #: Directions, and how they are written in tables.
 _WAYS = {"text_to_image": "T→I", "image_to_text": "I→T"}
 #: Rows of the classes' table on a terminal; results.md has all.
 ROWS = 40
-
-
-def check_folder(option: str, folder: Path) -> None:
-    """Make the folder and see that it takes files: said before the work, not after it. Raises UserError if not."""
-    probe = folder / f".vlkern-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{option} {folder}: cannot write there ({error.strerror})") from error
-
-
-def check_file(option: str, path: Path) -> None:
-    """See that a file can be written under this name. Raises UserError if not."""
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder, expected a file name")
-    check_folder(option, path.parent)
 
 
 def _both(result: dict[str, Any], kind: str) -> list[str]:

@@ -11,12 +11,11 @@ from PIL import Image
 
 from vlkern import boxes, data, models
 from vlkern._device import device_of
-from vlkern._files import reason, write_file
+from vlkern._files import check_file, reason, write_file
 from vlkern.data.images import open_image
 from vlkern.data.prompts import Prompt, check_tokenizer
 from vlkern.errors import UserError
 from vlkern.evaluation.options import whole
-from vlkern.evaluation.report import check_file
 from vlkern.generation.generate import Times, generate
 from vlkern.generation.prompts import SPARE, prompt_of
 from vlkern.generation.sampling import Sampler

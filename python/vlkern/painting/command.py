@@ -10,12 +10,11 @@ import torch
 
 from vlkern import models
 from vlkern._device import device_of
-from vlkern._files import reason, write_file
+from vlkern._files import check_file, reason, write_file
 from vlkern._progress import say
 from vlkern.data.images import decode_image
 from vlkern.errors import UserError
 from vlkern.evaluation.options import whole
-from vlkern.evaluation.report import check_file
 from vlkern.models import picture_files
 from vlkern.painting import Options, painter_of
 from vlkern.painting.sheet import png

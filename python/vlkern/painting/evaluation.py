@@ -9,10 +9,9 @@ import torch
 
 from vlkern import data, models
 from vlkern._device import device_of
-from vlkern._files import write_file
+from vlkern._files import check_folder, write_file
 from vlkern._progress import say
 from vlkern.errors import UserError
-from vlkern.evaluation import report
 from vlkern.evaluation.options import whole
 from vlkern.evaluation.tables import Table
 from vlkern.painting import Measures, Pictures, lossless, painter_of
@@ -56,7 +55,7 @@ def _table(measures: Measures, files: dict[str, float]) -> Table:
 def run(args: argparse.Namespace) -> int:
     """Measure. Raises UserError for everything that the user can mend."""
     if args.out is not None:
-        report.check_folder("--out", args.out)
+        check_folder("--out", args.out)
     try:
         model: Any = models.load_pretrained(args.model, dtype=torch.float32)
         painter = painter_of(model)

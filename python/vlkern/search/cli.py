@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlkern._files import write_file
+from vlkern._files import check_file, write_file
 from vlkern._progress import say
 from vlkern.errors import UserError
 from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import Pictures, open_pictures
 from vlkern.evaluation.progress import Bar
-from vlkern.evaluation.report import check_file
 from vlkern.evaluation.tables import Table
 from vlkern.search.hits import Hit, best
 from vlkern.search.index import Index, build, load_index, save_index
