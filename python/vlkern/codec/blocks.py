@@ -6,6 +6,7 @@ A block is computed with all that it can depend on around it: the results are th
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ def _spans(length: int, side: int) -> list[slice]:
     """As few parts as the side allows, of about the same length."""
     count = -(-length // side)
     cuts = [length * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 def _blocks(grid: tuple[int, int], around: int, side: int) -> Iterator[_Block]:

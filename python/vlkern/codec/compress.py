@@ -29,8 +29,8 @@ def compress(
         image: a picture of Pillow, turned upright and converted to RGB, or a tensor [3, H, W] uint8. A photograph of
             24 million pixels takes about 0.5 GB besides.
         quality: from 0, the smallest file, to codec.levels - 1; None is the one in the middle.
-        exact: "integer", a file that every machine reads, or "float", one for the same build on the same kind of machine;
-            None is "integer" if the codec has it.
+        exact: "integer", a file that every machine reads, or "float", one for the same build on the same kind of
+            machine; None is "integer" if the codec has it.
         codec: None is the one that is part of the package.
         batch: tiles that are coded at a time, 1 to 64.
         show: told from time to time which part is done.

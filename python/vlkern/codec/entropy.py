@@ -8,25 +8,32 @@ from vlkern.coding import Mixtures
 
 
 class EntropyConfig(Protocol):
-    """Of the tokens of a tile.
-
-    tile      side of a tile in tokens; N = tile^2
-    channels  C, symbols of a token
-    levels    how many levels of quality there are
-    order     [N] the tokens of a tile, row after row from 0, in the order in which they are coded
-    groups    [S] how many of them each step codes; they do not decrease
-    """
+    """Of the tokens of a tile."""
 
     @property
-    def tile(self) -> int: ...
+    def tile(self) -> int:
+        """Side of a tile in tokens, of which it has N = tile^2."""
+        ...
+
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """C, symbols of a token."""
+        ...
+
     @property
-    def levels(self) -> int: ...
+    def levels(self) -> int:
+        """How many levels of quality there are."""
+        ...
+
     @property
-    def order(self) -> tuple[int, ...]: ...
+    def order(self) -> tuple[int, ...]:
+        """The N tokens of a tile, numbered row after row, in the order in which they are coded."""
+        ...
+
     @property
-    def groups(self) -> tuple[int, ...]: ...
+    def groups(self) -> tuple[int, ...]:
+        """How many tokens each step codes; the numbers do not decrease."""
+        ...
 
 
 class EntropyModel(Protocol):
@@ -36,7 +43,9 @@ class EntropyModel(Protocol):
     """
 
     @property
-    def config(self) -> EntropyConfig: ...
+    def config(self) -> EntropyConfig:
+        """Sizes, order and groups."""
+        ...
 
     def begin(self, tiles: int, level: int) -> Any:
         """What `step` needs to know of the steps before, such as keys and values.

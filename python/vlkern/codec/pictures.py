@@ -49,8 +49,8 @@ def read_picture(path: Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture as the codec takes it: upright as its EXIF says, RGB.
 
-    Grey, palette, CMYK and other modes of 8 bits are converted as Pillow does it. An alpha channel is dropped if nothing
-    is transparent. Profiles of colours are not kept: numbers are taken as sRGB.
+    Grey, palette, CMYK and other modes of 8 bits are converted as Pillow does it. An alpha channel is dropped if
+    nothing is transparent. Profiles of colours are not kept: numbers are taken as sRGB.
 
     Raises:
         ValueError: parts are transparent, a channel has more than 8 bits, there are several frames, or no pixels.
