@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlkern.errors import UserError
-from vlkern.models import fsq_autoencoder, givt, jet, jetformer, maskgit, state, vae, vit_vae
+from vlkern.models import fsq_autoencoder, givt, jet, jetformer, m2t, maskgit, state, vae, vit_vae
 
 #: model_type -> (its configuration, a frozen dataclass, maybe of others; its model, made of the configuration alone)
 MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
@@ -17,12 +17,13 @@ MODELS: dict[str, tuple[Any, Callable[[Any], nn.Module]]] = {
     "givt": (givt.GivtConfig, givt.Givt),
     "jet": (jet.JetConfig, jet.Jet),
     "jetformer": (jetformer.JetFormerConfig, jetformer.JetFormer),
+    "m2t": (m2t.M2TConfig, m2t.M2T),
     "maskgit": (maskgit.MaskGitConfig, maskgit.MaskGit),
     "vae": (vae.VaeConfig, vae.Vae),
     "vit_vae": (vit_vae.VitVaeConfig, vit_vae.VitVae),
 }
 #: What `load_pretrained` says of options for other models.
-WHAT = "a model that makes pictures of one size"
+WHAT = "a model that makes pictures, or files of them"
 
 
 def knows(names: Collection[str], entries: Mapping[str, Any]) -> bool:
