@@ -85,12 +85,13 @@ VLKERN_MIXTURE_CODE int32_t cumulative(const Mixture& m, int32_t k) {
   return int32_t(sum * (1.0 / kWeights));
 }
 
-// The window of a mixture: centre = round(sum_m w_m mu_m), half the smallest power of two from 8 to 512 with
-// 256 half >= |mu_m - 256 centre| + 6 SIG_m for every w_m > 0, if there is one.
+// The window of a mixture: centre = floor((floor(sum_m w_m mu_m / 2^12) + 128) / 256), half the smallest
+// power of two from 8 to 512 with 256 half >= |mu_m - 256 centre| + 6 SIG_m for every w_m > 0, if there is
+// one.
 VLKERN_MIXTURE_CODE Window window(const Mixture& m) {
   int64_t sum = 0;
   for (int i = 0; i < m.count; ++i) sum += int64_t(m.weights[i * m.stride]) * m.means[i * m.stride];
-  const int32_t centre = (int32_t(sum >> 12) + 128) >> 8;
+  const int32_t centre = int32_t((sum + (1 << 19)) >> 20);
   int32_t half = kLeastHalf;
   for (int i = 0; i < m.count; ++i) {
     const int64_t at = i * m.stride;
@@ -117,5 +118,22 @@ VLKERN_MIXTURE_CODE int32_t cdf(const Mixture& m, int32_t low, int32_t n, int32_
   if (j > n) return kTotal;
   return entry(cumulative(m, low - 1), cumulative(m, low + j - 1), j, n);
 }
+
+#ifndef __CUDACC__
+// What vectors (mixture_cdf.inc) read at once: PHI[q] - 1.5 2^52 and PHI[q + 1] - PHI[q]; SIG and 1 / SIG.
+struct Pairs {
+  double phi[2 * kSteps * kReach + 1][2], sigma[kScales][2];
+
+  constexpr Pairs() : phi(), sigma() {
+    constexpr int kLast = 2 * kSteps * kReach;
+    for (int q = 0; q <= kLast; ++q) {
+      phi[q][0] = kPhi[q] - 0x1.8p52;
+      phi[q][1] = q < kLast ? kPhi[q + 1] - kPhi[q] : 0;
+    }
+    for (int s = 0; s < kScales; ++s) sigma[s][0] = kSigma[s], sigma[s][1] = 1.0 / kSigma[s];
+  }
+};
+inline constexpr Pairs kPairs;
+#endif
 
 }  // namespace vlkern::mixture
