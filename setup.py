@@ -61,9 +61,18 @@ kernels = {f"vlkern.kernels.{op}": f"kernels/{op}" for op in find_packages("kern
 setup(
     version=(ROOT / "python/vlkern/version.txt").read_text().strip(),
     license="Apache-2.0",  # here and not in pyproject.toml, whose notation changed with setuptools 77
-    packages=[*find_packages("python"), *kernels, "vlkern.clipart_mini"],
-    package_dir={"": "python", "vlkern.clipart_mini": "data/clipart-mini", **kernels},
-    package_data={"vlkern": ["version.txt", "py.typed"], "vlkern.clipart_mini": ["*.tar", "README.md"]},
+    packages=[*find_packages("python"), *kernels, "vlkern.clipart_mini", "vlkern.photos"],
+    package_dir={
+        "": "python",
+        "vlkern.clipart_mini": "data/clipart-mini",
+        "vlkern.photos": "data/photos",
+        **kernels,
+    },
+    package_data={
+        "vlkern": ["version.txt", "py.typed"],
+        "vlkern.clipart_mini": ["*.tar", "README.md"],
+        "vlkern.photos": ["*.tar", "README.md", "eval/*.webp"],
+    },
     ext_modules=[Extension("vlkern._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

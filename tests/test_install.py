@@ -89,8 +89,9 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None
     python = {path.relative_to(ROOT / "python") for path in (ROOT / "python").rglob("*.py")}
     rooms = {Path("vlkern") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     pictures = {Path("vlkern/clipart_mini") / name for name in ("README.md", "train.tar", "test.tar")}
+    photos = {"vlkern" / path.relative_to(ROOT / "data") for path in (ROOT / "data/photos").rglob("*.*")}
     rest = {Path("vlkern") / name for name in ("py.typed", "version.txt", "_C.so", "_host" + EXTENSION)}
-    assert held == {str(path) for path in python | rooms | pictures | rest}
+    assert held == {str(path) for path in python | rooms | pictures | photos | rest}
 
 
 def test_the_wheel_works_from_another_directory(installed: Path, tmp_path: Path) -> None:
