@@ -16,6 +16,9 @@ COMMANDS = {
     "eval": ("vlkern.evaluation.cli", "measure a trained model: retrieval, classification, languages, made pictures"),
     "generate": ("vlkern.generation.cli", "answer a prompt about pictures, continue a text, or make pictures"),
     "search": ("vlkern.search.cli", "find pictures by words"),
+    "compress": ("vlkern.codec.command_compress", "write a picture to a small file"),
+    "decompress": ("vlkern.codec.command_decompress", "turn such a file into a picture again"),
+    "inspect": ("vlkern.codec.command_inspect", "say what such a file holds, and where its bits went"),
     "bench": ("vlkern.bench.cli", "compare every op with its rivals"),
 }
 
@@ -41,7 +44,7 @@ def _version() -> str:
 
 
 def _top() -> argparse.ArgumentParser:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()]
     parser = _Parser(
         prog="vlkern",
         usage="vlkern [--help] [--version] COMMAND [OPTIONS]",

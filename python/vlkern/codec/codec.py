@@ -58,13 +58,12 @@ class Codec:
         """The probabilities of a level of exactness.
 
         Raises:
-            ValueError: there is no such level.
-            UserError: a ValueError: this codec does not have it.
+            ValueError: there is no such level, or this codec does not have it.
         """
         if exactness not in EXACTNESS:
             raise ValueError(f"exact must be one of {', '.join(EXACTNESS)}, got {exactness!r}")
         if exactness not in self._entropies:
-            raise UserError(f"exact must be one of {', '.join(self.exactness)} with this model, got {exactness!r}")
+            raise ValueError(f"exact must be {' or '.join(self.exactness)} with this model, got {exactness!r}")
         return self._entropies[exactness]
 
     def name(self, exactness: str) -> bytes:

@@ -63,9 +63,14 @@ def check_model(codec: Codec, header: Header) -> None:
 
 @torch.no_grad()
 def decode_symbols(
-    codec: Codec, header: Header, segments: list[Segment], show: Callable[[float], None]
+    codec: Codec,
+    header: Header,
+    segments: list[Segment],
+    show: Callable[[float], None],
+    bits_1hw: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The latents [C, h, w] int32 of a file. Arguments and errors as `decompress`."""
+    """The latents [C, h, w] int32 of a file. Arguments and errors as `decompress`; `bits_1hw` gets those of each token,
+    float32."""
     check_model(codec, header)
     # NumPy's zeros take memory when they are written: a small file that claims to be a huge picture gets none.
     symbols = torch.from_numpy(np.zeros((header.channels, *header.grid), dtype=np.int32))
@@ -74,11 +79,14 @@ def decode_symbols(
     for number, ((first, last), segment) in enumerate(zip(header.spans(), segments, strict=True)):
         valid, seed = tiling.valid(first, last), header.seed(number)
         try:
-            tokens = decode_segment(entropy, header.level, segment, valid, seed)
+            bits = None if bits_1hw is None else torch.zeros(valid.shape)
+            tokens = decode_segment(entropy, header.level, segment, valid, seed, bits)
         except Mismatch as error:
             raise Mismatch(f"segment {number}: {error}; {_ADVICE[header.exactness]}") from error
         except DamagedFile as error:
             raise DamagedFile(f"segment {number}: {error}") from error
         tiling.put(symbols, tokens, first, last)
+        if bits_1hw is not None and bits is not None:
+            tiling.put(bits_1hw, bits[..., None], first, last)
         show(last / tiling.tiles)
     return symbols

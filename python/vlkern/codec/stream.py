@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vlkern import ops
 from vlkern.codec.entropy import EntropyModel
 from vlkern.codec.errors import DamagedFile, Mismatch
-from vlkern.coding import DamagedStream, Decoder, Encoder, Mixtures
+from vlkern.coding import SCALES, DamagedStream, Decoder, Encoder, Mixtures
 
 #: Interleaved states of a segment's stream.
 LANES = 2
@@ -89,14 +90,27 @@ def encode_segment(
     return Segment(encoder.finish(), checksum)
 
 
+def _bits(symbols: torch.Tensor, mixtures: Mixtures) -> torch.Tensor:
+    """Of M tokens: what their symbols [M, C] take, without the rounding of frequencies."""
+    weights, scales = mixtures.weights / 4096, torch.tensor(SCALES)[mixtures.scales.long()]
+    params = torch.stack([weights.clamp(min=1e-9).log(), mixtures.means / 256, scales.log()], -3)
+    return ops.mixture_bits(symbols.float(), params).sum(-1)
+
+
 def decode_segment(
-    entropy: EntropyModel, level: int, segment: Segment, valid: torch.Tensor, checksum: int
+    entropy: EntropyModel,
+    level: int,
+    segment: Segment,
+    valid: torch.Tensor,
+    checksum: int,
+    bits_TN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The tokens [T, N, C] int32 of `encode_segment`, zeros outside of the picture.
 
     Args:
         entropy, level, valid, checksum: as there.
         segment: whose bytes are known to be whole.
+        bits_TN: if given, gets the bits of each token, float32.
 
     Raises:
         DamagedFile: no encoder wrote this.
@@ -107,6 +121,8 @@ def decode_segment(
     def code(step: slice, mixtures: Mixtures) -> torch.Tensor:
         symbols = decoder.get_mixtures(mixtures)
         found[:, step][valid[:, step]] = symbols
+        if bits_TN is not None:
+            bits_TN[:, step][valid[:, step]] = _bits(symbols, mixtures)
         return symbols
 
     try:
