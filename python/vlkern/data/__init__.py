@@ -4,6 +4,7 @@ from pathlib import Path
 
 from vlkern.data.batches import batches
 from vlkern.data.classes import Classes
+from vlkern.data.cropping import RandomCrop
 from vlkern.data.images import decode_image, to_unit
 from vlkern.data.naflex import NaflexSize, naflex_batches
 from vlkern.data.native import NavitSize, Views, native_batches
@@ -35,6 +36,7 @@ __all__ = [
     "PairShards",
     "Pairs",
     "Prompt",
+    "RandomCrop",
     "Resolutions",
     "Sequences",
     "Tasks",
@@ -60,6 +62,7 @@ __all__ = [
     "pack_images",
     "pack_texts",
     "paligemma_prompt",
+    "photos",
     "pixels_of",
     "prefixed_batches",
     "read_pairs",
@@ -67,6 +70,16 @@ __all__ = [
     "texts_of",
     "to_unit",
 ]
+
+
+def _shipped(package_name: str, folder: str) -> Path:
+    """A folder of data that comes with the package: beside it in a wheel, in data/ in a checkout."""
+    package = Path(__file__).parents[1]
+    places = [package / package_name, package.parents[1] / "data" / folder]
+    for place in places:
+        if (place / "train.tar").is_file():
+            return place
+    raise DataError(f"{folder} must lie in {places[0]} or {places[1]}, and is in neither")
 
 
 def clipart_mini() -> Path:
@@ -77,9 +90,15 @@ def clipart_mini() -> Path:
     Raises:
         DataError: neither is there.
     """
-    package = Path(__file__).parents[1]
-    places = [package / "clipart_mini", package.parents[1] / "data" / "clipart-mini"]
-    for place in places:
-        if (place / "train.tar").is_file():
-            return place
-    raise DataError(f"clipart-mini must lie in {places[0]} or {places[1]}, and is in neither")
+    return _shipped("clipart_mini", "clipart-mini")
+
+
+def photos() -> Path:
+    """The folder with eval/ (4 photographs, lossless) and train.tar (166 crops of others): public domain or CC0.
+
+    In a wheel it lies inside the package, in a checkout in data/photos.
+
+    Raises:
+        DataError: neither is there.
+    """
+    return _shipped("photos", "photos")

@@ -44,7 +44,7 @@ class _Items(Dataset[_Item]):
 
     def __getitem__(self, where: tuple[int, int]) -> _Item:
         index, draw = where
-        pair, lines = self.pairs.read(index)
+        pair, lines = self.pairs.read(index, draw=draw)
         if pair is None:
             return None, "", lines
         return pair.pixels, pair.captions[draw % len(pair.captions)], lines
@@ -98,7 +98,8 @@ def batches(
     Global batch number s is a function of (`seed`, s) alone, the same for any `world` and `workers`, so s is all that
     a checkpoint has to keep. With N samples and a global batch of B, pass e = s // (N // B) has an order of its own,
     of which batch s takes the next B samples and rank r the r-th of `world` equal slices. Every sample comes at most
-    once in a pass; the N % B at the end of its order sit that pass out. Of several captions one is drawn.
+    once in a pass; the N % B at the end of its order sit that pass out. Of several captions one is drawn, and so is the
+    place of a `RandomCrop`, from a number that belongs to the picture and the pass.
 
     A picture that cannot be read is replaced, see `PairShards`; what this rank met is in `dataset.skipped`. The
     global generators of PyTorch and NumPy are not touched. One pass's order takes 24 N bytes.

@@ -89,8 +89,12 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def squeeze(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> torch.Tensor:
     """An RGB picture resized to (H, W), whatever its shape -> [3, H, W] uint8."""
-    resized = image.resize((size[1], size[0]), filter)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    return as_tensor(image.resize((size[1], size[0]), filter))
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB picture -> [3, H, W] uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_unit(pixels: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from vlkern.data.images import Size, check_resample, check_size, decode_image
+from vlkern.data.cropping import RandomCrop
+from vlkern.data.images import Size, check_resample, check_size, decode_image, open_image
 from vlkern.data.pairs import DataError, Pair, caption_suffix, image_suffix, parse_captions, parse_record
-from vlkern.data.tar import Damage, Sample, packing, samples
+from vlkern.data.tar import Damage, Member, Sample, packing, samples
 
 #: One sample, 29 bytes. `key_end` counts in the keys of its shard, which are kept as one string of bytes.
 _ENTRY = np.dtype(
@@ -81,6 +82,13 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     return found
 
 
+def _size(member: Member) -> int:
+    """In bytes, as an entry holds it. Raises ValueError if it cannot."""
+    if member.size >= 1 << 32:
+        raise ValueError("a member of more than 4 GiB")
+    return member.size
+
+
 class PairShards(Dataset[Pair]):
     """The pairs of local, uncompressed tar shards as a sequence: `shards[i]` reads and decodes number i.
 
@@ -100,9 +108,10 @@ class PairShards(Dataset[Pair]):
     Args:
         shards: tar files, folders of them, or patterns such as train-*.tar; see `find_shards`.
         image_size: (H, W) in pixels, or the side of a square, to which pictures are squeezed; or what gives the (H, W)
-            of a picture of H x W pixels, such as `NaflexSize`.
+            of a picture of H x W pixels, such as `NaflexSize`; or a `RandomCrop`.
         bad_limit: how many lines `skipped` may have, over all shards, before that is an error.
         caption_key: where the captions are in the .json: `names.de`, or `names` for all languages there.
+        captions: False takes every picture; no text is read, and "" is the caption of all.
         resample: as in `decode_image`.
 
     Raises:
@@ -118,16 +127,20 @@ class PairShards(Dataset[Pair]):
     def __init__(
         self,
         shards: str | Path | Sequence[str | Path],
-        image_size: Size,
+        image_size: Size | RandomCrop,
         *,
         bad_limit: int = 10,
         caption_key: str | None = None,
+        captions: bool = True,
         resample: str = "bilinear",
     ) -> None:
         check_resample(resample)
-        self.image_size = image_size if callable(image_size) else check_size(image_size)
+        if not isinstance(image_size, RandomCrop) and not callable(image_size):
+            image_size = check_size(image_size)
+        self.image_size = image_size
         self.paths = find_shards(shards)
         self.bad_limit, self.caption_key, self.resample = bad_limit, caption_key, resample
+        self._captioned = captions
         self._left_out: list[str] = []
         self._unreadable: dict[int, str] = {}
         self._keys: list[bytes] = []
@@ -136,8 +149,9 @@ class PairShards(Dataset[Pair]):
         self._entries = np.concatenate(parts)
         self._first = np.cumsum([0, *map(len, parts)])
         if not len(self):
+            wanted = "image-text pairs" if captions else "pictures"
             reason = f"; the first: {self._left_out[0]}" if self._left_out else ""
-            raise DataError(f"{', '.join(map(str, self.paths))}: no image-text pairs{reason}")
+            raise DataError(f"{', '.join(map(str, self.paths))}: no {wanted}{reason}")
 
     def _reset(self) -> None:
         # An open file cannot be pickled, so each process that gets this dataset opens its own.
@@ -198,12 +212,13 @@ class PairShards(Dataset[Pair]):
         if sample.twice:
             raise ValueError(f"{sample.twice} is there twice")
         image = sample.parts[image_suffix(sample.parts)]
+        if not self._captioned:
+            return image.offset, 0, _size(image), 0, True
         suffix = caption_suffix(sample.parts, self.caption_key)
         caption = sample.parts[suffix]
-        if max(image.size, caption.size) >= 1 << 32:
-            raise ValueError("a member of more than 4 GiB")
+        sizes = _size(image), _size(caption)
         parse_captions(suffix, file.read(caption.offset, caption.size), self.caption_key)
-        return image.offset, caption.offset, image.size, caption.size, suffix == "txt"
+        return image.offset, caption.offset, *sizes, suffix == "txt"
 
     def _place(self, index: int) -> tuple[int, int]:
         """Shard of a sample and its number there."""
@@ -225,6 +240,8 @@ class PairShards(Dataset[Pair]):
 
     def captions_of(self, index: int) -> tuple[str, ...]:
         """All captions of sample number `index`, at least one."""
+        if not self._captioned:
+            return ("",)
         suffix = "txt" if self._entries["is_text"][index] else "json"
         return parse_captions(suffix, self._text(index), self.caption_key)
 
@@ -248,27 +265,30 @@ class PairShards(Dataset[Pair]):
         parts = [f"{p.name} {p.stat().st_size} {n}" for p, n in zip(self.paths, counts, strict=True)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
-    def _decode(self, index: int, size: Size) -> Pair:
+    def _decode(self, index: int, size: Size | RandomCrop, draw: int) -> Pair:
         """Sample number `index` itself. Raises ValueError if it cannot be read."""
         shard, _ = self._place(index)
         entry = self._entries[index]
         file = self._file(shard).read(int(entry["image"]), int(entry["image_size"]))
-        pixels = decode_image(file, size, resample=self.resample)
+        if isinstance(size, RandomCrop):
+            pixels = size.cut(open_image(file), draw)
+        else:
+            pixels = decode_image(file, size, resample=self.resample)
         return Pair(self.key(index), pixels, self.captions_of(index), file)
 
-    def read(self, index: int, size: Size | None = None) -> tuple[Pair | None, dict[int, str]]:
+    def read(self, index: int, size: Size | None = None, *, draw: int = 0) -> tuple[Pair | None, dict[int, str]]:
         """Sample number `index` or the next that can be read, and a line for each that could not, by its number.
 
         For worker processes, whose own `skipped` nobody sees: hand the lines to `note` in the process that reports. The
         pair is None when more than `bad_limit` in a row could not be read, or none at all. `size` takes the place of
-        `image_size`, and may be a function of the picture's own, as in `decode_image`.
+        `image_size`, and may be a function of the picture's own, as in `decode_image`; `draw` says which `RandomCrop`.
         """
         self._place(index)
         lines: dict[int, str] = {}
         for i in range(index, index + min(self.bad_limit + 1, len(self))):
             number = i % len(self)
             try:
-                return self._decode(number, self.image_size if size is None else size), lines
+                return self._decode(number, self.image_size if size is None else size, draw), lines
             except ValueError as error:
                 path = self.paths[self._place(number)[0]]
                 lines[number] = " ".join(f"{path}: sample {self.key(number)}: {error}".split())
