@@ -10,6 +10,8 @@ import torch
 
 from vlkern.codec.entropy import EntropyModel
 from vlkern.codec.format import EXACTNESS
+from vlkern.codec.integer import IntegerEntropy, Weights
+from vlkern.codec.integer.weights import FILE
 from vlkern.codec.steps import FloatEntropy
 from vlkern.errors import UserError
 from vlkern.models.m2t import M2T
@@ -25,9 +27,10 @@ class Codec:
     Args:
         model: M2T, in float32.
         integer: its entropy model in whole numbers; without it only files of the level `float` can be made and read.
+        device: where to compute.
 
     Raises:
-        ValueError: the model is MT, which has no fixed steps.
+        ValueError: the model is MT, which has no fixed steps, or the whole numbers are not those of such a model.
 
     Example:
         >>> codec = vlkern.codec.Codec(vlkern.models.create("m2t-tiny"))
@@ -35,13 +38,13 @@ class Codec:
         (5, ('float',))
     """
 
-    def __init__(self, model: M2T, integer: EntropyModel | None = None) -> None:
+    def __init__(self, model: M2T, integer: Weights | None = None, *, device: torch.device | str = "cpu") -> None:
         if model.config.bidirectional:
             raise ValueError("model must be M2T, got MT: it has no fixed steps")
-        self.model = model.eval()
-        self._entropies: dict[str, EntropyModel] = {"float": FloatEntropy(model)}
+        self.model, self._integer = model.eval().to(device), integer
+        self._entropies: dict[str, EntropyModel] = {"float": FloatEntropy(self.model)}
         if integer is not None:
-            self._entropies["integer"] = integer
+            self._entropies["integer"] = IntegerEntropy(model.config, integer, device=device)
         self._names: dict[str, bytes] = {}
 
     @property
@@ -71,8 +74,8 @@ class Codec:
         if exactness not in self._names:
             digest = hashlib.sha256(repr(self.model.config).encode())
             _add(digest, self.model.state_dict())
-            if exactness == "integer":
-                _add(digest, self._entropies["integer"].tensors())
+            if exactness == "integer" and self._integer is not None:
+                _add(digest, self._integer.tensors())
             self._names[exactness] = digest.digest()[:8]
         return self._names[exactness]
 
@@ -83,25 +86,30 @@ def _add(digest: "hashlib._Hash", tensors: Mapping[str, torch.Tensor]) -> None:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 
-def load(folder: str | os.PathLike[str] | None = None) -> Codec:
-    """A codec, on the CPU.
+def load(folder: str | os.PathLike[str] | None = None, *, device: torch.device | str = "cpu") -> Codec:
+    """The codec of a folder.
 
     Args:
-        folder: of `save_pretrained`; None is the codec that is part of the package, which is loaded once.
+        folder: of `save_pretrained`, with the whole numbers beside it if there are any; None is the codec that is part
+            of the package, which is loaded once.
+        device: where to compute. Files of the level `float` are read on the kind of device that made them.
 
     Raises:
         UserError: the folder holds no M2T.
     """
-    return _shipped() if folder is None else _load(Path(folder))
+    return _shipped(str(device)) if folder is None else _load(Path(folder), device)
 
 
 @functools.cache
-def _shipped() -> Codec:
-    return _load(SHIPPED)
+def _shipped(device: str) -> Codec:
+    if not SHIPPED.is_dir():
+        raise UserError("this build of vlkern comes without weights for pictures: give a folder of `vlkern train m2t`")
+    return _load(SHIPPED, device)
 
 
-def _load(folder: Path) -> Codec:
+def _load(folder: Path, device: torch.device | str) -> Codec:
     model = load_pretrained(folder, dtype=torch.float32)
     if not isinstance(model, M2T):
         raise UserError(f"{folder}: expected an M2T, got {type(model).__name__}")
-    return Codec(model)
+    integer = Weights.load(folder, model.config) if (folder / FILE).is_file() else None
+    return Codec(model, integer, device=device)

@@ -60,9 +60,11 @@ def compress(
     height, width = pixels.shape[1:]
     header = Header(exact, level, batch, codec.name(exact), width, height, config.tile, config.channels)
     symbols = analyse(codec.model, pixels, level, lambda done: show(done / 2))
-    tiling, segments = tiling_of(config, *header.grid), []
-    for number, (first, last) in enumerate(header.spans()):
+    tiling, checksum, segments = tiling_of(config, *header.grid), header.checksum, []
+    for first, last in header.spans():
         tokens, valid = tiling.take(symbols, first, last), tiling.valid(first, last)
-        segments.append(encode_segment(entropy, level, tokens, valid, header.seed(number)))
+        segment = encode_segment(entropy, level, tokens, valid, checksum)
+        checksum = segment.checksum
+        segments.append(segment)
         show(0.5 + last / tiling.tiles / 2)
     return write(header, segments)

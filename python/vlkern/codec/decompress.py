@@ -19,7 +19,7 @@ _ADVICE = {
         "a file of the level `float` can only be read by the same build on the same kind of machine; "
         "compress the picture with `--exact integer` for others"
     ),
-    "integer": "this is a defect of vlkern, please report it with the file and the output of `vlkern info`",
+    "integer": "this should not happen: please report it with the file and the output of `vlkern info`",
 }
 
 
@@ -75,16 +75,17 @@ def decode_symbols(
     # NumPy's zeros take memory when they are written: a small file that claims to be a huge picture gets none.
     symbols = torch.from_numpy(np.zeros((header.channels, *header.grid), dtype=np.int32))
     tiling = tiling_of(codec.model.config, *header.grid)
-    entropy = codec.entropy(header.exactness)
+    entropy, checksum = codec.entropy(header.exactness), header.checksum
     for number, ((first, last), segment) in enumerate(zip(header.spans(), segments, strict=True)):
-        valid, seed = tiling.valid(first, last), header.seed(number)
+        valid = tiling.valid(first, last)
         try:
             bits = None if bits_1hw is None else torch.zeros(valid.shape)
-            tokens = decode_segment(entropy, header.level, segment, valid, seed, bits)
+            tokens = decode_segment(entropy, header.level, segment, valid, checksum, bits)
         except Mismatch as error:
             raise Mismatch(f"segment {number}: {error}; {_ADVICE[header.exactness]}") from error
         except DamagedFile as error:
             raise DamagedFile(f"segment {number}: {error}") from error
+        checksum = segment.checksum
         tiling.put(symbols, tokens, first, last)
         if bits_1hw is not None and bits is not None:
             tiling.put(bits_1hw, bits[..., None], first, last)

@@ -14,7 +14,8 @@ All numbers are little-endian.
         24  1      side of a tile in tokens of 16 x 16 pixels
         25  2      C, symbols of a token
         27  12 S   for each of the S segments: bytes of its stream, their CRC-32, and the CRC-32 of what was coded with
-                   which probabilities, which begins with the CRC-32 of the first 27 bytes and the segment's number
+                   which probabilities (see stream.py); it continues that of the segment before, and the first that
+                   of these 27 bytes
       27 + 12 S  4  CRC-32 of all that stands before
       31 + 12 S     the streams
 
@@ -92,9 +93,11 @@ class Header:
             self.channels,
         )  # fmt: skip
 
-    def seed(self, number: int) -> int:
-        """With what the checksum of a segment begins: it is wrong in any other place of any other file."""
-        return zlib.crc32(_CRC.pack(number), zlib.crc32(self.pack()))
+    @property
+    def checksum(self) -> int:
+        """With this begins that of the first segment, and that of every other with the one before: a segment is wrong
+        in any other place of any other file."""
+        return zlib.crc32(self.pack())
 
 
 def _check(value: int, least: int, most: int, what: str) -> None:

@@ -58,11 +58,14 @@ class Tiling:
 
     def tokens(self, first: int, last: int) -> int:
         """How many of these tiles' tokens lie in the grid."""
-        return sum(self._size(tile) for tile in range(first, last))
+        return self._before(last) - self._before(first)
 
-    def _size(self, tile: int) -> int:
-        y, x = tile // self.columns * self.side, tile % self.columns * self.side
-        return min(self.side, self.height - y) * min(self.side, self.width - x)
+    def _before(self, tile: int) -> int:
+        """Tokens of all tiles before this one."""
+        rows, columns = divmod(tile, self.columns)
+        above = min(rows * self.side, self.height)
+        beside = min((rows + 1) * self.side, self.height) - above
+        return above * self.width + beside * min(columns * self.side, self.width)
 
     def take(self, grid: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """The tokens of these tiles from a grid [C, h, w]: [T, N, C]; zeros where there are none."""

@@ -151,6 +151,10 @@ class Weights:
         self.norm.check("norm", width)
         self.head.check("head", width, 3 * config.components * config.channels, self.norm.limit, RESIDUAL)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them by name, as they are saved; a number has no dimensions."""
+        return dict(_tensors("", self))
+
     def save(self, folder: Path) -> Path:
         """Write `FILE` into a folder: safetensors, of integers only.
 
@@ -158,7 +162,7 @@ class Weights:
             UserError: it cannot be written.
         """
         path = Path(folder) / FILE
-        write_file(path, save(dict(_tensors("", self)), metadata={"format": "vlkern integer entropy model 1"}))
+        write_file(path, save(self.tensors(), metadata={"format": "vlkern integer entropy model 1"}))
         return path
 
     @staticmethod

@@ -1,0 +1,30 @@
+"""A codec with random weights that runs in milliseconds, and pictures for it."""
+
+import functools
+
+import torch
+
+from vlkern import codec, models
+
+
+@functools.cache
+def tiny(seed: int = 0) -> codec.Codec:
+    """Every layer does something: an untrained M2T is nearly linear, and its probabilities nearly constant."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = models.create("m2t-tiny")
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            else:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return codec.Codec(model)
+
+
+def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """[3, H, W] uint8: smooth colours and some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
+    noisy = smooth * 200 + 25 + 10 * torch.randn(3, height, width, generator=generator)
+    return noisy.round().clamp(0, 255).to(torch.uint8)
