@@ -18,7 +18,7 @@ import shards
 import torch
 from PIL import Image
 
-from vlkern.models import fsq_autoencoder, givt, jet, jetformer, maskgit, navit, paligemma, vae
+from vlkern.models import fsq_autoencoder, givt, jet, jetformer, m2t, maskgit, navit, paligemma, vae
 from vlkern.models.conv_autoencoder import ConvConfig
 from vlkern.models.gemma import GemmaConfig
 from vlkern.models.jet import JetConfig
@@ -55,6 +55,8 @@ GIVT = givt.GivtConfig(16, 1, 2, 24, length=1, channels=1, components=2)
 MASKGIT = maskgit.MaskGitConfig(16, 2, 2, 24, tokens=1, codes=1, classes=1, image_size=1)
 #: The preset "jet-test".
 JET = jet.JetConfig(8, 2, depth=5, block_depth=1, width=16, heads=2, basis="cosines")
+#: The preset "mt-test".
+MT = replace(m2t.PRESETS["m2t-tiny"], bidirectional=True)
 #: Where a rank can be made to kill itself: calls that make files durable or visible.
 _EVENTS = ("fsync", "rename", "replace", "rmdir")
 
@@ -86,6 +88,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
     givt.PRESETS["givt-test"] = GIVT
     givt.PRESETS["givt-masked-test"] = replace(GIVT, style="masked")
     jet.PRESETS["jet-test"] = JET
+    m2t.PRESETS["mt-test"] = MT
     maskgit.PRESETS["maskgit-test"] = MASKGIT
     paligemma.PRESETS["paligemma-test"] = PALIGEMMA
     jetformer.PRESETS["jetformer-test"] = JETFORMER

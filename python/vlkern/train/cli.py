@@ -19,6 +19,7 @@ RECIPES = {
     "maskgit": ("vlkern.train.maskgit", "MaskGIT, which fills in the codes of an FSQ autoencoder"),
     "jet": ("vlkern.train.jet", "a Jet, a normalizing flow of pictures"),
     "jetformer": ("vlkern.train.jetformer", "JetFormer, a flow and a decoder of pictures and texts"),
+    "m2t": ("vlkern.train.m2t", "the codec M2T (or MT) of `vlkern compress`, on crops of photographs"),
     "givt": ("vlkern.train.givt", "a GIVT on the latents of a beta-VAE, with classes"),
 }
 
@@ -28,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
     for name, (module, text) in RECIPES.items():
         recipe = recipes.add_parser(name, help=text, description=f"Train {text}.")
-        import_module(module).add_arguments(recipe)
-        options.add_learning(recipe)
+        command = import_module(module)
+        command.add_arguments(recipe)
+        options.add_learning(recipe, getattr(command, "DEFAULTS", None))
         if name in _TOWERS:
             options.add_tuning(recipe)
         options.add_run(recipe)

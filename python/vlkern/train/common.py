@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,14 @@ def resumed(args: argparse.Namespace, ranks: Ranks, recipe: str) -> dict[str, An
 
 
 def settings_of(
-    args: argparse.Namespace, stored: dict[str, Any] | None, names: Sequence[str], preset: str, ranks: Ranks
+    args: argparse.Namespace,
+    stored: dict[str, Any] | None,
+    names: Sequence[str],
+    preset: str,
+    ranks: Ranks,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """All but what depends on the data.
+    """All but what depends on the data. `defaults` of a recipe come before those of all.
 
     Raises:
         UserError: options contradict each other or the run that is resumed.
@@ -97,7 +102,7 @@ def settings_of(
         settings.settle("preset", preset)
     defaults = {
         "freeze": [], "augment": False, "lr": 1e-3 if fresh else 1e-4, "weight_decay": 1e-4, "beta2": 0.95, "clip": 1.0,
-        "seed": 0, "layer_decay": 1.0,
+        "seed": 0, "layer_decay": 1.0, **(defaults or {}),
     }  # fmt: skip
     for name in defaults.keys() & set(names):
         settings.settle(name, defaults[name])
@@ -108,17 +113,19 @@ def settings_of(
 def open_pairs(
     args: argparse.Namespace,
     settings: Settings,
-    image_size: int | tuple[int, int],
+    image_size: int | tuple[int, int] | data.RandomCrop,
     stored: dict[str, Any] | None,
     caption_key: str | None = None,
+    captions: bool = True,
 ) -> data.PairShards:
-    """The pairs, with the texts at `caption_key`; those that a resumed run began with, wherever they lie now.
+    """The pairs, with the texts at `caption_key`, or all pictures if there need be no `captions`; those that a resumed
+    run began with, wherever they lie now.
 
     Raises:
         UserError: they are others, or cannot be read.
     """
     shards = args.data or [Path(path) for path in settings["data"]]
-    pairs = data.PairShards(shards, image_size, caption_key=caption_key)
+    pairs = data.PairShards(shards, image_size, caption_key=caption_key, captions=captions)
     if stored and pairs.fingerprint != stored["data"]["fingerprint"]:
         raise UserError(
             "--data: not the pairs that the run began with (names, sizes or numbers of the shards differ); "

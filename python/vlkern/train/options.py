@@ -2,8 +2,9 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vlkern.train.ranks import PARALLEL
 
@@ -69,28 +70,35 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_learning(parser: argparse.ArgumentParser) -> None:
-    """How a recipe learns; a resumed run keeps what it began with."""
+def add_learning(parser: argparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
+    """How a recipe learns; a resumed run keeps what it began with. `defaults` of the recipe, where it has its own."""
+    of_all = {
+        "batch": 256, "lr": 1e-3, "weight_decay": 1e-4, "beta2": 0.95, "clip": 1,
+        "precision": "bf16 where the machine is faster with it",
+    }  # fmt: skip
+    shown = {name: f"({value})" for name, value in {**of_all, **(defaults or {})}.items()}
     learning = parser.add_argument_group("learning")
     length = learning.add_mutually_exclusive_group()
     length.add_argument(
         "--steps", type=_whole(1), metavar="N", help="updates (as many as 100 passes over the data take)"
     )
     length.add_argument("--examples", type=_whole(1), metavar="N", help="or: pairs to see in all")
-    learning.add_argument("--batch", type=_whole(1), metavar="B", help="pairs in an update, over all ranks (256)")
-    learning.add_argument("--lr", type=number(0, above=True), metavar="RATE", help="peak learning rate (0.001)")
+    learning.add_argument(
+        "--batch", type=_whole(1), metavar="B", help=f"pairs in an update, over all ranks {shown['batch']}"
+    )
+    learning.add_argument("--lr", type=number(0, above=True), metavar="RATE", help=f"peak learning rate {shown['lr']}")
     learning.add_argument(
         "--warmup", type=_whole(0), metavar="N", help="steps until the peak (a twentieth of them, at most 20000)"
     )
     learning.add_argument(
         "--weight-decay", type=number(0), metavar="X",
-        help="part of each matrix that a step takes away at the peak rate (0.0001)",
+        help=f"part of each matrix that a step takes away at the peak rate {shown['weight_decay']}",
     )  # fmt: skip
-    learning.add_argument("--beta2", type=number(0, 1 - 1e-9), metavar="X", help="of Adam (0.95)")
-    learning.add_argument("--clip", type=number(0, above=True), metavar="X", help="largest norm of the gradient (1)")
+    learning.add_argument("--beta2", type=number(0, 1 - 1e-9), metavar="X", help=f"of Adam {shown['beta2']}")
     learning.add_argument(
-        "--precision", choices=PRECISIONS, help="of the towers (bf16 where the machine is faster with it)"
+        "--clip", type=number(0, above=True), metavar="X", help=f"largest norm of the gradient {shown['clip']}"
     )
+    learning.add_argument("--precision", choices=PRECISIONS, help=f"of the towers {shown['precision']}")
     learning.add_argument("--seed", type=_whole(0), metavar="N", help="of parameters, order and augmentation (0)")
 
 

@@ -51,11 +51,19 @@ def add_autoencoder(group: Any, of: str) -> None:
 
 
 def begin(
-    args: argparse.Namespace, ranks: Ranks, recipe: str, names: tuple[str, ...], preset: str
+    args: argparse.Namespace,
+    ranks: Ranks,
+    recipe: str,
+    names: tuple[str, ...],
+    preset: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any] | None, Settings]:
-    """Take the folder --out: config.json of the run that is resumed or None, and the settings but for its length."""
+    """Take the folder --out: config.json of the run that is resumed or None, and the settings but for its length.
+
+    `defaults` of the recipe come before those of all.
+    """
     stored = common.resumed(args, ranks, recipe)
-    settings = common.settings_of(args, stored, names, preset, ranks)
+    settings = common.settings_of(args, stored, names, preset, ranks, defaults)
     settings.settle("flip", False)
     if "class_key" in names:
         settings.settle("class_key", "category")
