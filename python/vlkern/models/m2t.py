@@ -20,6 +20,7 @@ Sources: Mentzer, Agustsson, Tschannen, M2T: Masking Transformers Twice for Fast
 2022; Cui et al., Asymmetric Gained Deep Image Compression, 2021 (one model for all rates).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +32,7 @@ from torch import nn
 
 from vlkern import ops
 from vlkern.layers.attention import attend
-from vlkern.layers.init import dense_
+from vlkern.layers.init import dense_, lecun_normal_
 from vlkern.layers.linear import Linear
 from vlkern.layers.packed import check_heads
 from vlkern.models.elic import DOWNSAMPLING, Analysis, ElicConfig, Synthesis
@@ -166,16 +167,16 @@ class EntropyTransformer(nn.Module):
         self.config = config
         c, width = config, config.width
         self.embed = dense_(Linear(c.channels, width), lecun=True)
-        self.mask = nn.Parameter(torch.randn(c.channels) * 0.02)
-        self.slot = nn.Parameter(torch.randn(c.tokens, width) * 0.02)
+        self.mask = nn.Parameter(nn.init.normal_(torch.empty(c.channels), std=0.02))
+        self.slot = nn.Parameter(nn.init.normal_(torch.empty(c.tokens, width), std=0.02))
         self.quality = nn.Parameter(torch.zeros(len(c.lambdas), width))
         self.layers = nn.ModuleList(Block(width, c.heads, c.mlp) for _ in range(c.depth))
         self.norm = nn.LayerNorm(width)
-        self.head = dense_(Linear(width, 3 * c.components * c.channels), lecun=True)
-        with torch.no_grad():  # the Gaussians of a symbol start apart: at equal places they would stay one
-            self.head.weight.mul_(0.1)
-            means = torch.linspace(-1, 1, c.components).unsqueeze(1).expand(-1, c.channels)
-            self.head.bias.copy_(torch.stack([torch.zeros_like(means), means, torch.zeros_like(means)]).flatten())
+        self.head = dense_(Linear(width, 3 * c.components * c.channels))
+        lecun_normal_(self.head.weight, 100 * width)
+        # The Gaussians of a symbol start apart: at equal places they would stay one.
+        for i, means in enumerate(self.head.bias.detach().view(3, c.components, c.channels)[1]):
+            nn.init.constant_(means, 2 * i / max(c.components - 1, 1) - 1)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's."""
@@ -302,9 +303,12 @@ class M2T(nn.Module):
         self.encoder = Analysis(config.transforms, config.channels)
         self.decoder = Synthesis(config.transforms, config.channels)
         # With an orthonormal transform of 256 grey values the best step of quantization is 5 / sqrt(lambda).
-        gain = torch.tensor(config.lambdas).sqrt().mul(255 / 2 / 5).log()
-        self.log_gain = nn.Parameter(gain.unsqueeze(1).repeat(1, config.channels))
-        self.log_ungain = nn.Parameter(-gain.unsqueeze(1).repeat(1, config.channels))
+        # Python's numbers: on the meta device, arithmetic of tensors would import PyTorch's compiler, for seconds.
+        gain = [math.log(255 / 2 / 5 * math.sqrt(weight)) for weight in config.lambdas]
+        self.log_gain, self.log_ungain = (
+            nn.Parameter(torch.tensor(row).unsqueeze(1).repeat(1, config.channels))
+            for row in (gain, [-g for g in gain])
+        )
         self.entropy = EntropyTransformer(config)
 
     def blocks(self) -> Sequence[nn.Module]:
