@@ -13,6 +13,8 @@ from vlkern.errors import UserError
 
 #: Modes of Pillow with at most 8 bits a channel.
 _MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBA", "LA", "PA", "La", "RGBa")
+#: Tag of EXIF.
+_ORIENTATION = 0x0112
 #: Ending of a file -> how Pillow writes it without loss.
 _LOSSLESS = {
     ".png": {"format": "PNG", "compress_level": 4},
@@ -62,12 +64,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"expected channels of 8 bits, got mode {image.mode}: convert it first")
     if image.width < 1 or image.height < 1:
         raise ValueError(f"expected a picture with pixels, got {image.width} x {image.height}")
-    upright = ImageOps.exif_transpose(image)
+    turned = image.getexif().get(_ORIENTATION, 1) != 1
+    upright = ImageOps.exif_transpose(image) if turned else image  # which would make a copy
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         least, _ = upright.getchannel("A").getextrema()
         if least < 255:
             raise ValueError("expected a picture without transparent parts: lay it on a background first")
+    if upright.mode == "RGB":
+        upright.load()
+        return upright
     return upright.convert("RGB")
 
 
