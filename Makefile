@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(filter %.cpp %.h %.cu %.cuh %.inc,$(wildcard csrc/* csrc/*/* kernels/*/*))
 CXX_FILES = $(filter %.cpp %.h %.cu %.cuh %.inc,$(wildcard csrc/* csrc/*/* kernels/*/* tests/*/* tests/*/*/*))
 
-.PHONY: help demo test test-compilers test-python bench lint gpu-check clean
+.PHONY: help demo test test-compilers test-interpreter test-python bench lint gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -13,13 +13,19 @@ help:  ## this list
 demo: .venv/built  ## train a small SigLIP on real pictures, search them, write demo/report.html
 	$(BIN)/vlkern demo
 
-test: lint  ## build, lint and run everything that needs no GPU
-	$(MAKE) --jobs 2 --output-sync test-compilers test-python
+test: .venv/built  ## build, lint and run everything that needs no GPU
+	$(MAKE) --jobs 2 --output-sync lint test-python test-compilers test-interpreter
 
-# What compiles or interprets uses one core for minutes, so it runs beside the rest.
-COMPILERS := tests/amx tests/triton tests/cuda tests/test_install.py tests/test_sanitizers.py
+# Two of these run beside each other on two cores: a second thread of one would wait for the other's turn at every parallel
+# loop (some tests took six times as long). The tests of threads ask for as many as they need.
+test-python test-compilers test-interpreter: export OMP_NUM_THREADS := 1
+
+# What compiles uses one core for minutes, so it runs beside the rest.
+COMPILERS := tests/amx tests/triton tests/cuda tests/install
 test-compilers: .venv/built
 	$(BIN)/python -m pytest $(COMPILERS)
+
+test-interpreter: .venv/built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py tests/kernels -k triton
 
 test-python: .venv/built
@@ -37,7 +43,7 @@ lint: .venv/built  ## ruff, mypy, clang-format
 
 # Offline, with the packages that $(PYTHON) has; nothing is installed. What says nothing about a GPU stays out: it needs packages
 # and tools that such a machine may lack. A failed test does not keep the benchmark from running.
-NO_GPU := data train test_cli.py test_demo.py test_install.py test_sanitizers.py
+NO_GPU := data train install test_cli.py test_demo.py
 gpu-check: export PYTHONPATH := $(CURDIR)/python
 gpu-check:  ## on a machine with a GPU: build, test every backend, benchmark
 	$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check needs a GPU that PyTorch can use")'

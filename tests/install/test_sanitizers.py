@@ -1,17 +1,12 @@
 """The native code under AddressSanitizer and UndefinedBehaviorSanitizer: ops, packing and entropy coding."""
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from sandbox import COMPILER, SANITIZERS, run, start
 
-ROOT = Path(__file__).parents[1]
-COMPILER = shutil.which("g++")
-SANITIZERS = "address,undefined"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMPILER, reason="the run-time libraries come with g++")]
 
 # Reads a buffer of 16 floats that PyTorch allocated, and adds to an int.
@@ -35,8 +30,10 @@ from vlkern._op import REGISTRY
 from vlkern.packing import METHODS, pack
 from vlkern.testing import differentiate, evaluate
 
+package = Path(vlkern.__file__).parent
+assert package.is_relative_to(sys.argv[1]), package
 sanitized = {line.split()[-1] for line in open("/proc/self/maps") if "/vlkern/_C" in line}
-assert sanitized == {sys.argv[1] + "/_C.so"}, sanitized
+assert sanitized == {str(package / "_C.so")}, sanitized
 for name, op in REGISTRY.items():
     if "cpu" in op.backends:
         room = import_module(f"vlkern.kernels.{name}.samples")
@@ -67,24 +64,6 @@ print("done")
 """
 
 
-def sanitized(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs this Python with the sanitizers' run-time libraries loaded first, as they must be."""
-    # libstdc++ goes along: ASan looks for __cxa_throw when it starts, and python itself does not link it.
-    libraries = [
-        subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    environment |= {
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter and PyTorch keep memory until the process ends
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "CUDA_VISIBLE_DEVICES": "",  # the driver maps memory where ASan keeps its shadow
-    }
-    return subprocess.run(
-        [sys.executable, *map(str, command)], env={**os.environ, **environment}, capture_output=True, text=True
-    )
-
-
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faulty")
@@ -102,37 +81,11 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_the_sanitizers_see_a_fault(faulty: Path, code: str, last: int, report: str) -> None:
     """And nothing in the call before, which is right."""
-    result = sanitized("-c", code, faulty)
+    result = start(sys.executable, "-c", code, faulty, sanitized=True)
     assert result.returncode != 0 and result.stdout.endswith(f"{last}\n") and result.stdout.count("\n") == 2
     assert report in result.stderr
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python files beside native libraries that were built with the sanitizers."""
-    folder = tmp_path_factory.mktemp("sanitized")
-    package = folder / "python" / "vlkern"
-    shutil.copytree(ROOT / "python" / "vlkern", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (folder / "kernels").symlink_to(ROOT / "kernels")
-    settings = {
-        "VLKERN_TORCH": Path(torch.__file__).parent,
-        "VLKERN_PACKAGE": package,
-        "VLKERN_CUDA": "off",
-        "VLKERN_SANITIZE": SANITIZERS,
-        "Python_EXECUTABLE": sys.executable,
-        "CMAKE_CXX_COMPILER": COMPILER,
-    }
-    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    configure = [cmake, "-S", ROOT, "-B", folder / "build", *(f"-D{name}={value}" for name, value in settings.items())]
-    build = [cmake, "--build", folder / "build", "--target", "install", "--parallel", str(os.cpu_count())]
-    for command in (configure, build):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return package
-
-
-def test_every_sample_is_clean(package: Path) -> None:
-    result = sanitized("-c", EVERY_SAMPLE, package, PYTHONPATH=str(package.parent))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.endswith("done\n")
-    assert "runtime error" not in result.stderr and "AddressSanitizer" not in result.stderr, result.stderr
+def test_every_sample_is_clean(installed: Path, tmp_path: Path) -> None:
+    said = run(installed / "bin" / "python", "-c", EVERY_SAMPLE, installed, cwd=tmp_path, sanitized=True)
+    assert said.endswith("done\n")
