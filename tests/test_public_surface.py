@@ -31,6 +31,7 @@ NAMES = {
         "linear_gmm_nll",
         "linear_log_probs",
         "masked_decode_step",
+        "mixture_bits",
         "norm_rope",
         "rms_norm",
         "rope_append",

@@ -11,6 +11,7 @@ from vlkern.kernels.linear import linear
 from vlkern.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from vlkern.kernels.linear_gmm_nll import linear_gmm_nll
 from vlkern.kernels.masked_decode_step import masked_decode_step
+from vlkern.kernels.mixture_bits import mixture_bits
 from vlkern.kernels.norm_rope import norm_rope
 from vlkern.kernels.rms_norm import rms_norm
 from vlkern.kernels.rope_append import rope_append
@@ -33,6 +34,7 @@ __all__ = [
     "linear_gmm_nll",
     "linear_log_probs",
     "masked_decode_step",
+    "mixture_bits",
     "norm_rope",
     "rms_norm",
     "rope_append",

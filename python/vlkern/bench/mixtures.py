@@ -1,4 +1,4 @@
-"""What model files and torch.distributions do for a mixture of Gaussians: rivals of gmm_nll and linear_gmm_nll."""
+"""What model files and torch.distributions do for mixtures: rivals of gmm_nll, linear_gmm_nll and mixture_bits."""
 
 import math
 
@@ -48,3 +48,23 @@ def linear_nll(
     """A linear layer, then the lines above: every parameter is materialised."""
     params = torch.nn.functional.linear(hidden, weight, bias)
     return nll(params, target, layout=layout, min_scale=min_scale)
+
+
+def bits(symbols: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """The lines of learned codecs, in float32: erfc of minus the distance, weights, the bound, log2."""
+    logits, means, raw = params.float().unbind(-3)
+    scale = raw.clamp(math.log(0.11), math.log(256)).exp()
+    away = (symbols.float().unsqueeze(-2) - means).abs()
+    upper, lower = (0.5 * torch.erfc((away + edge) / scale * math.sqrt(0.5)) for edge in (-0.5, 0.5))
+    return -(logits.softmax(-2) * (upper - lower)).sum(-2).clamp(min=1e-9).log2()
+
+
+def distribution_bits(symbols: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """torch.distributions, without the validation of arguments: differences of the mixture's cdf."""
+    from torch.distributions import Categorical, MixtureSameFamily, Normal
+
+    logits, means, raw = params.movedim(-2, -1).unbind(-3)
+    normal = Normal(means, raw.clamp(math.log(0.11), math.log(256)).exp(), validate_args=False)
+    mixture = MixtureSameFamily(Categorical(logits=logits, validate_args=False), normal, validate_args=False)
+    p: torch.Tensor = mixture.cdf(symbols + 0.5) - mixture.cdf(symbols - 0.5)
+    return -p.clamp(min=1e-9).log2()

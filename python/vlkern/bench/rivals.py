@@ -358,6 +358,15 @@ RACES: dict[str, Race] = {
             Contestant("torch.compile", partial(_compiled, tokens.masked_decode_step), compiled=True),
         ),
     ),
+    "mixture_bits": Race(
+        ceiling="copy",
+        # forward: read the parameters. backward: read them again, write their gradient.
+        share={"forward": 1.0, "forward+backward": 3.0},
+        rivals=(
+            Contestant("eager", partial(_plain, mixtures.bits)),
+            Contestant("torch.compile", partial(_compiled, mixtures.bits), compiled=True),
+        ),
+    ),
     "norm_rope": Race(
         ceiling="copy",
         # forward: read x, write y. backward: read x and grad, write dx.
