@@ -46,6 +46,11 @@ def dtypes(backend: str) -> tuple[torch.dtype, ...]:
     return torch.float32, torch.bfloat16, torch.float16
 
 
+def sample_dtypes(op: Op, backend: str) -> tuple[torch.dtype, ...]:
+    """Those in which a room is tested; the samples of one that takes whole numbers have their own."""
+    return dtypes(backend) if torch.float32 in op.dtypes else op.dtypes
+
+
 def public(op: Op) -> Any:
     """The public function; of an op that writes into arguments, one that writes into copies and returns them, too."""
     function = getattr(vlkern.ops, op.public)
@@ -152,7 +157,7 @@ def each(
     names, cases = ["op", "backend"] + ["dtype"] * dtype + ["sample"] * bool(sample), []
     for op in (op for op in REGISTRY.values() if op.differentiable or not differentiable):
         for backend in ("reference",) * reference + tuple(b for b in KERNELS if b in op.backends):
-            for d in dtypes(backend) if dtype else (None,):
+            for d in sample_dtypes(op, backend) if dtype else (None,):
                 for s in sample(op) if sample else (None,):
                     values = [op, backend, *([d] if dtype else []), *([s] if sample else [])]
                     label = [op.name, backend, *([str(d)[6:]] if dtype else []), *([s.name] if s else [])]

@@ -32,6 +32,8 @@ NAMES = {
         "linear_log_probs",
         "masked_decode_step",
         "mixture_bits",
+        "mixture_cdf",
+        "mixture_window",
         "norm_rope",
         "rms_norm",
         "rope_append",

@@ -56,6 +56,7 @@ class Op:
     bind       checks the public arguments and returns them as the raw op takes them, main tensors first
     work       the same tensors -> {"flops": ..., "bytes": ...}
     limits     (backend, *tensors) -> why this backend does not support the call, or None
+    dtypes     of the first main tensor, for which there are kernels
     differentiable  False: the public function has no gradient and refuses tensors that ask for one
     """
 
@@ -70,10 +71,11 @@ class Op:
         bind: Callable[..., tuple[Any, ...]],
         work: Callable[..., dict[str, int]],
         limits: Callable[..., str | None] | None = None,
+        dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES,
         differentiable: bool = True,
     ) -> None:
         self.name, self.public, self.backends = name, public, backends
-        self.differentiable = differentiable
+        self.dtypes, self.differentiable = dtypes, differentiable
         self.bind, self.work, self.limits = bind, work, limits
         self.forced: str | None = None
         self.raw: dict[str, dict[str, Any]] = {}
@@ -126,8 +128,10 @@ class Op:
             return f"the tensors are on {device}"
         if b == "triton" and device != "cuda" and not (TRITON_INTERPRETS and device == "cpu"):
             return f"the tensors are on {device} (Triton's interpreter needs TRITON_INTERPRET=1)"
-        if tensors[0].dtype not in _KERNEL_DTYPES:
-            return f"its kernels take float32, bfloat16 and float16, not {tensors[0].dtype}"
+        if tensors[0].dtype not in self.dtypes:
+            *others, last = (str(d).removeprefix("torch.") for d in self.dtypes)
+            names = f"{', '.join(others)} and {last}" if others else last
+            return f"its kernels take {names}, not {tensors[0].dtype}"
         return self.limits(b, *tensors) if self.limits else None
 
     def choose(self, *tensors: torch.Tensor) -> str:

@@ -12,6 +12,7 @@ from vlkern.kernels.linear_cross_entropy import linear_cross_entropy, linear_log
 from vlkern.kernels.linear_gmm_nll import linear_gmm_nll
 from vlkern.kernels.masked_decode_step import masked_decode_step
 from vlkern.kernels.mixture_bits import mixture_bits
+from vlkern.kernels.mixture_cdf import mixture_cdf, mixture_window
 from vlkern.kernels.norm_rope import norm_rope
 from vlkern.kernels.rms_norm import rms_norm
 from vlkern.kernels.rope_append import rope_append
@@ -35,6 +36,8 @@ __all__ = [
     "linear_log_probs",
     "masked_decode_step",
     "mixture_bits",
+    "mixture_cdf",
+    "mixture_window",
     "norm_rope",
     "rms_norm",
     "rope_append",

@@ -37,6 +37,9 @@ def assert_as_good(
     assert ours.dtype == low.dtype, f"dtype {ours.dtype}, the reference has {low.dtype}"
     if ours.numel() == 0:
         return
+    if not is_float(ours):
+        assert torch.equal(ours, low), "whole numbers differ from the reference's"
+        return
     bad = ours.numel() - int(ours.isfinite().sum())
     assert bad == 0, f"{bad} of {ours.numel()} values are NaN or infinite"
     wide = exact.double()
@@ -169,9 +172,13 @@ def evaluate(
     kwargs: dict[str, Any],
     cotangents: list[torch.Tensor] | None = None,
 ) -> Run:
-    """Call a function that has no gradients, with poisoned memory; `cotangents` is there for `differentiate`'s sake."""
+    """Call a function that has no gradients, with poisoned memory; `cotangents` is there for `differentiate`'s sake.
+
+    The outputs are its float tensors or, where it has none, the others.
+    """
     with poison(), torch.no_grad():
-        return Run([t for t in tree_flatten(function(*args, **kwargs))[0] if is_float(t)], cotangents or [], [])
+        outputs = tree_flatten(function(*args, **kwargs))[0]
+    return Run([t for t in outputs if is_float(t)] or outputs, cotangents or [], [])
 
 
 def differentiate(
