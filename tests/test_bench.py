@@ -104,8 +104,8 @@ def test_speedup_is_the_best_rivals_time_over_ours(clock: timing.Clock) -> None:
 @pytest.mark.parametrize("op", list(rivals.RACES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_rival_computes_the_op(op: str, dtype: torch.dtype) -> None:
-    names = [sample.name for sample in samples_of(op).SAMPLES]
-    one = case(op, "above_a_tile" if "above_a_tile" in names else names[-3], dtype)
+    names = [sample.name for sample in samples_of(op).SAMPLES if not sample.bench]
+    one = case(op, "above_a_tile" if "above_a_tile" in names else names[-1], dtype)
     inputs = one.inputs()
     want = oracle.truth(one, inputs)
     checked = 0

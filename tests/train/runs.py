@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,12 +93,7 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
     jetformer.PRESETS["jetformer-test"] = JETFORMER
     fsq_autoencoder.PRESETS["fsq-test"] = FSQ
     vae.PRESETS["vae-test"] = VAE
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    handle = os.open(f"{output}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    forks.become(rank, world, port, output)
     torch.set_num_threads(1)
     if event:
         _die_at(event)
@@ -109,12 +103,6 @@ def _rank(rank: int, world: int, port: int, arguments: list[str], output: str, e
     raise SystemExit(main(arguments))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(
     arguments: list[Any], output: Path, *, world: int = 1, event: int = 0, largest: int | None = None
 ) -> list[Any]:
@@ -122,7 +110,7 @@ def start(
 
     Rank 0 dies at its event number `event`, if that is not 0. No file can grow beyond `largest` bytes.
     """
-    context, port = forks.context(), _free_port()
+    context, port = forks.context(), forks.free_port()
     words = [str(a) for a in arguments]
     ranks = [
         context.Process(
