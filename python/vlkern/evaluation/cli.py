@@ -11,6 +11,7 @@ from vlkern._files import check_folder
 from vlkern._progress import say
 from vlkern.errors import UserError
 from vlkern.evaluation import paligemma, plots, report, tasks
+from vlkern.evaluation.codecs import command as codecs_command
 from vlkern.evaluation.encoder import Embedded, Encoder
 from vlkern.evaluation.options import add_model, encoder_of, whole
 from vlkern.evaluation.pictures import FolderPictures, ShardPictures, open_pictures, require_some
@@ -19,7 +20,7 @@ from vlkern.evaluation.zeroshot import TEMPLATES, load_classes, load_templates
 from vlkern.painting import evaluation as pictures_command
 
 #: the other kinds of models: modules with add_arguments(parser), run(args) and WHAT they evaluate
-_COMMANDS: dict[str, Any] = {"paligemma": paligemma, "pictures": pictures_command}
+_COMMANDS: dict[str, Any] = {"paligemma": paligemma, "pictures": pictures_command, "m2t": codecs_command}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

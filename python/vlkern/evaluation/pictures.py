@@ -44,7 +44,7 @@ class Pictures(Protocol):
         """[3, H, W] uint8. Raises ValueError if it cannot be read."""
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def walk(folder: Path) -> Iterator[str]:
     """Relative paths of all pictures below, by name; hidden files and folders and links to folders are left alone."""
     endings = tuple(f".{suffix}" for suffix in IMAGES)
     for here, folders, files in os.walk(folder):
@@ -66,7 +66,7 @@ class FolderPictures:
         self._size, self._resample = image_size if callable(image_size) else check_size(image_size), resample
         if not self.folder.is_dir():
             raise UserError(f"--images {folder}: {'not a folder' if self.folder.exists() else 'no such folder'}")
-        self.paths = list(_walk(self.folder))
+        self.paths = list(walk(self.folder))
         if not self.paths:
             raise UserError(f"--images {folder}: no pictures there ({', '.join(IMAGES)})")
 

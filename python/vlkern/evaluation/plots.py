@@ -9,29 +9,31 @@ from matplotlib.figure import Figure
 
 from vlkern.evaluation.retrieval import Direction, Retrieval
 
-_OURS, _OTHER, _INK, _FAINT, _RULE = "#0b6e6e", "#c2571a", "#22262e", "#7a8190", "#e6e8ec"
+OURS, OTHER, INK, FAINT, RULE = "#0b6e6e", "#c2571a", "#22262e", "#7a8190", "#e6e8ec"
 #: Name and contents.
 File = tuple[str, bytes]
 #: Bars in one figure; of more classes the most frequent are drawn.
 BARS = 40
 
 
-def _style(figure: Figure, axes: Axes, title: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=_INK, fontweight="bold")
-    axes.tick_params(length=0, labelsize=8, labelcolor=_INK)
+def style(figure: Figure, axes: Axes, title: str) -> None:
+    """A title on the left, no frame and no ticks."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK, fontweight="bold")
+    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
 
 
-def _files(name: str, figure: Figure) -> list[File]:
-    files = []
+def files(name: str, figure: Figure) -> list[File]:
+    """The figure as NAME.svg and NAME.png."""
+    written = []
     for kind in ("svg", "png"):
         out = io.BytesIO()
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(out, format=kind, dpi=160, facecolor="white", metadata=metadata)
-        files.append((f"{name}.{kind}", out.getvalue()))
-    return files
+        written.append((f"{name}.{kind}", out.getvalue()))
+    return written
 
 
 def _curve(axes: Axes, found: Direction, color: str, label: str) -> None:
@@ -44,19 +46,19 @@ def retrieval_plot(found: Retrieval) -> list[File]:
     """Recall over k, both directions."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    _curve(axes, found.text_to_image, _OURS, "text to image")
-    _curve(axes, found.image_to_text, _OTHER, "image to text")
-    _style(figure, axes, f"Recall@k of {found.pictures} pictures and {found.texts} texts")
+    _curve(axes, found.text_to_image, OURS, "text to image")
+    _curve(axes, found.image_to_text, OTHER, "image to text")
+    style(figure, axes, f"Recall@k of {found.pictures} pictures and {found.texts} texts")
     axes.set_xscale("log")
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= max(found.pictures, found.texts)]
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("k", fontsize=9, color=_FAINT)
-    axes.set_ylabel("%", fontsize=9, color=_FAINT, rotation=0)
-    axes.grid(color=_RULE, lw=0.6)
+    axes.set_xlabel("k", fontsize=9, color=FAINT)
+    axes.set_ylabel("%", fontsize=9, color=FAINT, rotation=0)
+    axes.grid(color=RULE, lw=0.6)
     axes.legend(frameon=False, fontsize=8)
-    return _files("retrieval", figure)
+    return files("retrieval", figure)
 
 
 def _bars(
@@ -66,21 +68,21 @@ def _bars(
     figure = Figure(figsize=(6.4, 0.2 * len(labels) + 1.1), layout="constrained")
     axes = figure.subplots()
     places = range(len(labels))
-    axes.barh(places, [100 * v for v in values], 0.7, color=_OURS)
-    axes.plot([100 * c for c in chance], places, "|", color=_OTHER, ms=7, mew=1.5, label="chance")
-    axes.axvline(100 * mean, color=_FAINT, lw=1, ls="--", label=f"all {100 * mean:.1f} %")
+    axes.barh(places, [100 * v for v in values], 0.7, color=OURS)
+    axes.plot([100 * c for c in chance], places, "|", color=OTHER, ms=7, mew=1.5, label="chance")
+    axes.axvline(100 * mean, color=FAINT, lw=1, ls="--", label=f"all {100 * mean:.1f} %")
     most = max([*values, *chance, mean, 0.01])
     for place, value in zip(places, values, strict=True):
         at = axes.get_yaxis_transform()
-        axes.text(1.01, place, f"{100 * value:.1f}", transform=at, va="center", fontsize=6.5, color=_INK)
-    _style(figure, axes, title)
+        axes.text(1.01, place, f"{100 * value:.1f}", transform=at, va="center", fontsize=6.5, color=INK)
+    style(figure, axes, title)
     axes.set_yticks(places, labels, fontsize=7.5)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(0, 102 * most)
-    axes.set_xlabel("%", fontsize=9, color=_FAINT)
-    axes.grid(axis="x", color=_RULE, lw=0.6)
+    axes.set_xlabel("%", fontsize=9, color=FAINT)
+    axes.grid(axis="x", color=RULE, lw=0.6)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return _files(name, figure)
+    return files(name, figure)
 
 
 def _largest(results: dict[str, dict[str, Any]]) -> str:

@@ -30,6 +30,8 @@ figure { margin: 0; min-width: 0; }
 img { width: 100%; height: 100%; object-fit: contain; display: block; }
 figcaption { font-size: .75rem; line-height: 1.35; margin-top: .35rem; overflow-wrap: anywhere; }
 figcaption span { display: block; color: var(--soft); font-variant-numeric: tabular-nums; }
+.crops { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; }
+.crops img { height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: right; padding: .45rem .6rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
