@@ -22,7 +22,7 @@ st = hypothesis.strategies
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 #: The same examples every time; a single number's error needs many draws to be comparable. The interpreter is slow.
-EXAMPLES, SEEDS = (8, range(2)) if TRITON_INTERPRETS else (40, range(16))
+EXAMPLES, SEEDS = (8, range(2)) if TRITON_INTERPRETS else (24, range(16))
 fuzz = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 brief = hypothesis.settings(fuzz, max_examples=EXAMPLES // 4)
 
