@@ -18,6 +18,9 @@ def tiny(seed: int = 0) -> codec.Codec:
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             else:
                 torch.nn.init.normal_(parameter, std=0.1)
+        with torch.no_grad():  # symbols of several sizes
+            model.log_gain += 2
+            model.log_ungain -= 2
     return codec.Codec(model)
 
 
