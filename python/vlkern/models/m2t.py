@@ -244,7 +244,7 @@ class EntropyTransformer(nn.Module):
 
 
 class StepCache:
-    """Keys and values of the slots that were, for M2T's steps: `FloatSteps` walks them.
+    """M2T's steps, one after the other, with the keys and values of the slots that were.
 
     Args:
         model: the transformer.
