@@ -36,13 +36,13 @@ class Dense:
     limit: int
     table: torch.Tensor | None = None
 
-    def check(self, name: str, inputs: int, outputs: int, largest: int, limit: int) -> None:
-        """For inputs up to +-largest, and a limit of the result that must not be exceeded."""
+    def check(self, name: str, inputs: int, outputs: int, largest: int, *, wide: bool = False) -> None:
+        """For inputs up to +-largest, and results in int16 or, wide, in int32."""
         _is(f"{name}.weight", self.weight, torch.int8, (outputs, inputs))
         _is(f"{name}.bias", self.bias, torch.int32, (outputs,))
         _is(f"{name}.multiplier", self.multiplier, torch.int32, (outputs,))
         _range(f"{name}.shift", self.shift, 1, 62)
-        _range(f"{name}.limit", self.limit, 1, limit)
+        _range(f"{name}.limit", self.limit, *((1 << 15, RESIDUAL) if wide else (1, 32767)))
         _range(f"{name}.multiplier", int(self.multiplier.min()), 0, _INT32 - 1)
         most = self.weight.long().abs().sum(1) * largest + self.bias.long().abs()
         _range(f"the sums of {name}", int(most.max()), 0, _INT32 - 1)
@@ -103,15 +103,15 @@ class Layer:
         """For one layer of the transformer."""
         width, channels = config.width, config.width // config.heads
         self.norm1.check(f"{name}.norm1", width)
-        self.qkv.check(f"{name}.qkv", width, 3 * width, self.norm1.limit, 32767)
+        self.qkv.check(f"{name}.qkv", width, 3 * width, self.norm1.limit)
         _range(f"the products of {name}'s queries and keys", self.qkv.limit**2 * channels, 0, (1 << 30) - 1)
         self.attention.check(f"{name}.attention")
-        self.out_proj.check(f"{name}.out_proj", width, width, self.attention.limit, RESIDUAL)
+        self.out_proj.check(f"{name}.out_proj", width, width, self.attention.limit, wide=True)
         self.norm2.check(f"{name}.norm2", width)
-        self.fc1.check(f"{name}.fc1", width, config.mlp, self.norm2.limit, 32767)
+        self.fc1.check(f"{name}.fc1", width, config.mlp, self.norm2.limit)
         if self.fc1.table is None:
             raise ValueError(f"{name}.fc1 must have a table")
-        self.fc2.check(f"{name}.fc2", config.mlp, width, int(self.fc1.table.long().abs().max()), RESIDUAL)
+        self.fc2.check(f"{name}.fc2", config.mlp, width, int(self.fc1.table.long().abs().max()), wide=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Weights:
         width = config.width
         _range("the width", width, 1, WIDEST)
         _range("the tokens of a tile", config.tokens, 1, (1 << 15) - 1)
-        self.embed.check("embed", config.channels, width, SYMBOLS, RESIDUAL)
+        self.embed.check("embed", config.channels, width, SYMBOLS, wide=True)
         for name, shape in (("mask", (width,)), ("slots", (config.tokens, width)), ("levels", (config.levels, width))):
             table = getattr(self, name)
             _is(name, table, torch.int32, shape)
@@ -149,7 +149,7 @@ class Weights:
         for i, layer in enumerate(self.layers):
             layer.check(f"layers.{i}", config)
         self.norm.check("norm", width)
-        self.head.check("head", width, 3 * config.components * config.channels, self.norm.limit, RESIDUAL)
+        self.head.check("head", width, 3 * config.components * config.channels, self.norm.limit, wide=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of them by name, as they are saved; a number has no dimensions."""
