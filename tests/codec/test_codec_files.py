@@ -9,7 +9,7 @@ import pytest
 import torch
 from corruptions import originals, refuse
 from PIL import Image
-from tiny import picture, tiny
+from tiny import exact, picture, tiny
 
 from vlkern import codec, models
 from vlkern.codec.blocks import analyse, synthesize
@@ -67,6 +67,24 @@ def test_every_byte_stands_where_the_format_says():
         assert zlib.crc32(data[at : at + length]) == crc
         at += length
     assert at == len(data)
+
+
+def test_whole_numbers_are_the_default_where_there_are_any(tmp_path):
+    pixels = picture(70, 150)
+    assert tiny().exactness == ("float",) and exact().exactness == ("float", "integer")
+    data = codec.compress(pixels, codec=exact())
+    assert data == codec.compress(pixels, codec=exact(), exact="integer") and data[5] == 1
+    other = codec.compress(pixels, codec=exact(), exact="float")
+    assert other == codec.compress(pixels, codec=tiny()) and other[5] == 0
+    assert data[8:16] == exact().name("integer") != other[8:16] == tiny().name("float")
+    assert abs(len(data) / len(other) - 1) < 0.05
+    assert torch.equal(decoded(data, exact()), decoded(other))
+    with pytest.raises(codec.Mismatch, match="made at the level integer, for which this model has no weights"):
+        codec.decompress(data, codec=tiny())
+
+    models.save_pretrained(exact().model, tmp_path)
+    exact()._integer.save(tmp_path)
+    assert codec.load(tmp_path).name("integer") == exact().name("integer")
 
 
 def test_headers_and_tables_read_as_they_were_written():

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from vlkern import codec, models
+from vlkern.codec.integer import Latents, convert
 
 
 @functools.cache
@@ -22,6 +23,18 @@ def tiny(seed: int = 0) -> codec.Codec:
             model.log_gain += 2
             model.log_ungain -= 2
     return codec.Codec(model)
+
+
+@functools.cache
+def exact() -> codec.Codec:
+    """The same one, with whole numbers."""
+    model = tiny().model
+    seen = []
+    with torch.no_grad():
+        for level in range(model.config.levels):
+            tokens, known = model.tiles(model.analysis(picture(128, 128)[None] / 127.5 - 1, level).round())
+            seen.append(Latents(tokens, known, level))
+    return codec.Codec(model, convert(model, seen))
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:

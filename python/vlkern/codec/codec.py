@@ -83,7 +83,7 @@ class Codec:
 def _add(digest: "hashlib._Hash", tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().flatten().numpy())
 
 
 def load(folder: str | os.PathLike[str] | None = None, *, device: torch.device | str = "cpu") -> Codec:
