@@ -27,7 +27,7 @@ SAMPLES = [
     Sample("below_a_vector", (2, 2), 3, 5),
     Sample("strided", (3,), 2, 24, contiguous=False),
     Sample("above_a_vector", (2,), 3, 33),
-    Sample("above_a_block", (2,), 2, 67),
+    Sample("above_a_block", (4,), 3, 67),
     Sample("m2t_four_tiles", (2304,), 3, 192, bench=True),
 ]
 
