@@ -323,12 +323,12 @@ def test_conversion_refuses():
 def test_command(tmp_path, capsys):
     models.save_pretrained(model_with_statistics(16), tmp_path)
     train = str(photos() / "train.tar")
-    assert main([str(tmp_path), train, "--most", "8"]) == 0
+    assert main([str(tmp_path), train, "--most", "4"]) == 0
     assert "together" in capsys.readouterr().out
     assert Weights.load(tmp_path, model_with_statistics(16).config)
     for arguments, message in (
         ([str(tmp_path), train, "--most", "2"], "expected at least 4 that can be read, got 2"),
-        ([str(tmp_path), train, "--most", "8", "--bits", "40"], "bits must be from 6 to 16, got 40"),
+        ([str(tmp_path), train, "--most", "4", "--bits", "40"], "bits must be from 6 to 16, got 40"),
         ([str(tmp_path), str(tmp_path / "none.tar")], "none.tar"),
     ):
         assert main(arguments) == 2
