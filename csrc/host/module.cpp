@@ -26,7 +26,8 @@ py::tuple packed(const Integers& lengths, int64_t capacity) {
 
 }  // namespace
 
-void bind_rans(py::module_& m);  // rans_bindings.cpp
+void bind_rans(py::module_& m);              // rans_bindings.cpp
+void bind_quantize_mixture(py::module_& m);  // quantize_mixture_bindings.cpp
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Tensor-free C++ helpers of vlkern";
@@ -35,4 +36,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("first_fit", packed<vlkern::first_fit>, py::arg("lengths").noconvert(), py::arg("capacity"));
   m.def("in_order", packed<vlkern::in_order>, py::arg("lengths").noconvert(), py::arg("capacity"));
   bind_rans(m);
+  bind_quantize_mixture(m);
 }

@@ -1,5 +1,6 @@
 """Entropy coding: integers to bytes and back, exactly, at about the length that their probabilities allow."""
 
+from vlkern.coding.mixtures import Mixtures, quantize_mixture
 from vlkern.coding.rans import DamagedStream, Decoder, Encoder, decode, encode
 from vlkern.coding.tables import SCALES, Tables, gaussian_tables, scale_index, tables_from_pmfs
 
@@ -8,10 +9,12 @@ __all__ = [
     "DamagedStream",
     "Decoder",
     "Encoder",
+    "Mixtures",
     "Tables",
     "decode",
     "encode",
     "gaussian_tables",
+    "quantize_mixture",
     "scale_index",
     "tables_from_pmfs",
 ]
