@@ -61,17 +61,19 @@ kernels = {f"vlkern.kernels.{op}": f"kernels/{op}" for op in find_packages("kern
 setup(
     version=(ROOT / "python/vlkern/version.txt").read_text().strip(),
     license="Apache-2.0",  # here and not in pyproject.toml, whose notation changed with setuptools 77
-    packages=[*find_packages("python"), *kernels, "vlkern.clipart_mini", "vlkern.photos"],
+    packages=[*find_packages("python"), *kernels, "vlkern.clipart_mini", "vlkern.photos", "vlkern.photos.eval"],
     package_dir={
         "": "python",
         "vlkern.clipart_mini": "data/clipart-mini",
         "vlkern.photos": "data/photos",
+        "vlkern.photos.eval": "data/photos/eval",
         **kernels,
     },
     package_data={
         "vlkern": ["version.txt", "py.typed"],
         "vlkern.clipart_mini": ["*.tar", "README.md"],
-        "vlkern.photos": ["*.tar", "README.md", "eval/*.webp"],
+        "vlkern.photos": ["*.tar", "README.md"],
+        "vlkern.photos.eval": ["*.webp"],
     },
     ext_modules=[Extension("vlkern._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
