@@ -60,7 +60,7 @@ def _walk(
         mixtures = Mixtures(*(part[known] for part in mixtures))
         symbols = code(step, mixtures)
         for part, dtype in zip((*mixtures, symbols), ("<i4", "|u1", "<i2", "<i4"), strict=True):
-            checksum = zlib.crc32(np.ascontiguousarray(part.numpy(), dtype=dtype), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(part.numpy(), dtype=dtype).data, checksum)
         tokens = symbols.new_zeros(*known.shape, entropy.config.channels)
         tokens[known] = symbols
         end += n
