@@ -12,6 +12,7 @@ from vlkern.codec.entropy import EntropyModel
 from vlkern.codec.format import EXACTNESS
 from vlkern.codec.integer import IntegerEntropy, Weights
 from vlkern.codec.integer.weights import FILE
+from vlkern.codec.pack import TRANSFORMS, unpack
 from vlkern.codec.steps import FloatEntropy
 from vlkern.errors import UserError
 from vlkern.models.m2t import M2T
@@ -25,7 +26,7 @@ class Codec:
     """What `compress` and `decompress` need.
 
     Args:
-        model: M2T, in float32.
+        model: M2T, in float32; without its transformer only files of the level `integer` can be made and read.
         integer: its entropy model in whole numbers; without it only files of the level `float` can be made and read.
         device: where to compute.
 
@@ -42,7 +43,9 @@ class Codec:
         if model.config.bidirectional:
             raise ValueError("model must be M2T, got MT: it has no fixed steps")
         self.model, self._integer = model.eval().to(device), integer
-        self._entropies: dict[str, EntropyModel] = {"float": FloatEntropy(self.model)}
+        self._entropies: dict[str, EntropyModel] = {}
+        if hasattr(model, "entropy"):
+            self._entropies["float"] = FloatEntropy(self.model)
         if integer is not None:
             self._entropies["integer"] = IntegerEntropy(model.config, integer, device=device)
         self._names: dict[str, bytes] = {}
@@ -73,9 +76,11 @@ class Codec:
         """8 bytes of a SHA-256 over the configuration and all tensors that a file of this level depends on."""
         if exactness not in self._names:
             digest = hashlib.sha256(repr(self.model.config).encode())
-            _add(digest, self.model.state_dict())
+            tensors = self.model.state_dict()
             if exactness == "integer" and self._integer is not None:
+                tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("entropy.")}
                 _add(digest, self._integer.tensors())
+            _add(digest, tensors)
             self._names[exactness] = digest.digest()[:8]
         return self._names[exactness]
 
@@ -90,8 +95,8 @@ def load(folder: str | os.PathLike[str] | None = None, *, device: torch.device |
     """The codec of a folder.
 
     Args:
-        folder: of `save_pretrained`, with the whole numbers beside it if there are any; None is the codec that is part
-            of the package, which is loaded once.
+        folder: of `save_pretrained`, with the whole numbers beside it if there are any, or of `pack`;
+            None is the codec that is part of the package, which is loaded once.
         device: where to compute. Files of the level `float` are read on the kind of device that made them.
 
     Raises:
@@ -108,7 +113,8 @@ def _shipped(device: str) -> Codec:
 
 
 def _load(folder: Path, device: torch.device | str) -> Codec:
-    model = load_pretrained(folder, dtype=torch.float32)
+    packed = (folder / TRANSFORMS).is_file()
+    model = unpack(folder) if packed else load_pretrained(folder, dtype=torch.float32)
     if not isinstance(model, M2T):
         raise UserError(f"{folder}: expected an M2T, got {type(model).__name__}")
     integer = Weights.load(folder, model.config) if (folder / FILE).is_file() else None

@@ -10,6 +10,7 @@ import torch
 from vlkern.codec.integer.convert import Latents, convert
 from vlkern.codec.integer.measure import cost, latents_of
 from vlkern.codec.integer.model import IntegerEntropy
+from vlkern.codec.pack import pack
 from vlkern.data import DataError, PairShards
 from vlkern.errors import UserError
 from vlkern.evaluation.pictures import FolderPictures, Pictures, ShardPictures
@@ -81,6 +82,9 @@ def _run(args: argparse.Namespace) -> None:
     floats, integers = (sum(parts) for parts in zip(*costs.values(), strict=True))
     print(f"together   {floats / 8:10.0f} bytes with floats   {100 * (integers / floats - 1):+.3f} %")
     print(weights.save(args.model))
+    if args.pack is not None:
+        pack(args.model, args.pack)
+        print(args.pack)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,6 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURES", help="folders or WebDataset tar files")
     parser.add_argument("--bits", type=int, default=12, help="of activations (12)")
     parser.add_argument("--most", type=int, default=96, metavar="N", help="pictures, spread over all (96)")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FOLDER",
+        help="also write a small folder: the integers, and the transforms in float16, without the float transformer",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     try:
         if args.most < 1:
