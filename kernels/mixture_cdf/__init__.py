@@ -135,8 +135,9 @@ def mixture_window(
         centre = floor((floor(sum_m w_m mu_m / 4096) + 128) / 256),    low = centre - half
         half   = the smallest power of two >= |mu_m / 256 - centre| + 6 SIG[s_m] / 256 for all w_m > 0, from 8 to 512
 
-    So outside are less than 1e-9 of the probability, but where half is held at 512. Rows of `mixture_cdf` are made
-    for one size at a time; coders (`vlkern.coding`) use the window as it is and need no rows.
+    So less than 2e-9 of the probability lies left of low or right of low + 2 half, but where half is held at 512. The
+    last symbol is low + 2 half - 1: what a narrow component at that end has beyond it is coded as an escape. Rows of
+    `mixture_cdf` are made for one size at a time; coders (`vlkern.coding`) use the window and need no rows.
 
     Args:
         means, scales, weights: as for `mixture_cdf`.

@@ -12,6 +12,7 @@ from rooms import ROOT
 
 from vlkern._op import REGISTRY
 from vlkern.kernels import fsq, rms_norm, sigmoid_loss
+from vlkern.kernels.mixture_cdf import samples as mixture_samples
 from vlkern.testing import assert_as_good, assert_same_direction, in_float64, poison
 
 HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
@@ -266,3 +267,14 @@ def test_fsq_of_many_levels_and_channels(emulated, levels):
 @DTYPES
 def test_fsq_of_misaligned_memory(emulated, dtype):
     fsq_agrees(misaligned(torch.randn(40, 4, generator=torch.Generator().manual_seed(9)).to(dtype)), (8, 5, 5, 5))
+
+
+@pytest.mark.parametrize("size", [1, 16, 40])
+def test_rows_and_windows_of_mixtures_are_the_very_ones(emulated, size):
+    for shape in ((3, 1), (5, 2, 9)):
+        mixtures = mixture_samples.draw(shape, seed=size)
+        low, half = run("mixture_cdf", "mixture_window", "cuda", *mixtures)
+        same = run("mixture_cdf", "mixture_window", "reference", *mixtures)
+        assert torch.equal(low, same[0]) and torch.equal(half, same[1])
+        rows, wanted = (run("mixture_cdf", "mixture_cdf", b, *mixtures, low, size) for b in ("cuda", "reference"))
+        assert torch.equal(rows[0], wanted[0])

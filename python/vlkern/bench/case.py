@@ -14,6 +14,8 @@ from vlkern._op import REGISTRY
 from vlkern.bench.rivals import RACES, Contestant, Function
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: And those of ops that take whole numbers, which are timed once.
+ALL_DTYPES = DTYPES | {"int32": torch.int32}
 #: The backends worth timing on a device; the reference takes part only where there is no other.
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
@@ -102,8 +104,8 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        """fp32, bf16 or fp16."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        """fp32, bf16, fp16 or int32."""
+        return next(name for name, dtype in ALL_DTYPES.items() if dtype == self.dtype)
 
     @property
     def huge(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlkern.bench import report, runner
-from vlkern.bench.case import DTYPES, samples_of
+from vlkern.bench.case import ALL_DTYPES, samples_of
 from vlkern.bench.rivals import RACES
 
 _RESULTS = Path("bench/results")
@@ -47,7 +47,7 @@ def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         samples = [sample.name for sample in samples_of(new["op"]).SAMPLES]
     else:  # a race of models, whose samples are named as they come
         samples = list(dict.fromkeys(row["sample"] for row in old["rows"] + new["rows"]))
-    rows.sort(key=lambda row: (samples.index(row["sample"]), list(DTYPES).index(row["dtype"])))
+    rows.sort(key=lambda row: (samples.index(row["sample"]), list(ALL_DTYPES).index(row["dtype"])))
     rates = {**old["ceilings"]["matmul_TFLOPs"], **new["ceilings"]["matmul_TFLOPs"]}
     return {**new, "ceilings": {**new["ceilings"], "matmul_TFLOPs": rates}, "rows": rows}
 

@@ -115,7 +115,12 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """sqrt(machine epsilon): half of the dtype's digits. It tells a wrong formula from rounding; errors are printed."""
+    """sqrt(machine epsilon): half of the dtype's digits. It tells a wrong formula from rounding; errors are printed.
+
+    Whole numbers have to be equal.
+    """
+    if not dtype.is_floating_point:
+        return 0.0
     return float(torch.finfo(dtype).eps) ** 0.5
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlkern.bench import couplings, decoding, draws, heads, mixtures, tokens
+from vlkern.bench import couplings, cumulative, decoding, draws, heads, mixtures, tokens
 
 Function = Callable[..., Any]
 
@@ -365,6 +365,14 @@ RACES: dict[str, Race] = {
         rivals=(
             Contestant("eager", partial(_plain, mixtures.bits)),
             Contestant("torch.compile", partial(_compiled, mixtures.bits), compiled=True),
+        ),
+    ),
+    "mixture_cdf": Race(
+        ceiling="copy",
+        share={"forward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, cumulative.mixture_cdf)),
+            Contestant("torch.compile", partial(_compiled, cumulative.mixture_cdf), compiled=True),
         ),
     ),
     "norm_rope": Race(

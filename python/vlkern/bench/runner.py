@@ -10,7 +10,7 @@ import torch
 
 from vlkern._op import REGISTRY
 from vlkern.bench import machine, timing
-from vlkern.bench.case import DTYPES, Case, Inputs, modes_of, samples_of
+from vlkern.bench.case import ALL_DTYPES, DTYPES, Case, Inputs, modes_of, samples_of
 from vlkern.bench.memory import extra_memory
 from vlkern.bench.oracle import errors, truth
 from vlkern.bench.rivals import RACES, Absent, Contestant, Function
@@ -79,7 +79,8 @@ def cases(op: str, s: Settings) -> list[Case]:
     picked = [x for x in samples_of(op).SAMPLES if x.name in (s.samples or default)]
     if s.quick and not s.samples:
         picked = picked[:1]
-    return [Case(op, x, DTYPES[d], s.device) for x in picked for d in s.dtypes]
+    floats = torch.float32 in REGISTRY[op].dtypes
+    return [Case(op, x, ALL_DTYPES[d], s.device) for x in picked for d in (s.dtypes if floats else ("int32",))]
 
 
 def _built(contestants: Iterable[Contestant]) -> tuple[dict[str, Function], dict[str, str]]:

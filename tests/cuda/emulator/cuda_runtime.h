@@ -62,13 +62,17 @@ inline void __syncthreads() {
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int across) {
+T __shfl_sync(unsigned mask, T value, int lane) {
   if (mask != 0xffffffffu) std::abort();
   std::memcpy(emulator::lane_slot(emulator::lane()), &value, sizeof(T));
   emulator::warp_barrier();
-  std::memcpy(&value, emulator::lane_slot(emulator::lane() ^ across), sizeof(T));
+  std::memcpy(&value, emulator::lane_slot(lane), sizeof(T));
   emulator::warp_barrier();
   return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int across) {
+  return __shfl_sync(mask, value, emulator::lane() ^ across);
 }
 
 template <class... Parameters>
