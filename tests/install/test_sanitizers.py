@@ -27,6 +27,8 @@ import numpy as np
 import torch, vlkern
 from vlkern import coding
 from vlkern._op import REGISTRY
+from vlkern.codec.integer import IntegerEntropy, Latents, convert
+from vlkern.codec.integer.measure import mixtures_of
 from vlkern.packing import METHODS, pack
 from vlkern.testing import differentiate, evaluate
 
@@ -60,6 +62,11 @@ for lanes in (1, 3):
             coding.decode([bytes(damaged)], tables, index, lanes=lanes)
         except coding.DamagedStream:
             pass
+model = vlkern.models.create("m2t-tiny")
+tokens = torch.from_numpy(draw.integers(-(2**31), 2**31, (2, 16, 16))).float()
+known = torch.ones(2, 16, dtype=torch.bool)
+integer = IntegerEntropy(model.config, convert(model, [Latents(tokens / 2**28, known, 1)]), backend="cpu")
+mixtures_of(integer, Latents(tokens, known, 1))
 print("done")
 """
 
