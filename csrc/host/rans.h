@@ -5,9 +5,9 @@
 //
 // A state x stays in [L, L b), b = 2^(bits of a word): before a symbol the encoder writes out low words while
 // x >= (L b / M) f, after one the decoder reads words while x < L. What comes last comes out first, so the
-// encoder collects its symbols and walks backwards. Symbol i belongs to lane i mod N; the lanes have states
-// of their own, which hides the latency of a state's chain, and share one stream of words, in the order in
-// which a decoder asks for them.
+// encoder walks backwards. Symbol i belongs to lane i mod N; the lanes have states of their own, which hides
+// the latency of a state's chain, and share one stream of words, in the order in which a decoder asks for
+// them.
 //
 //   stream   the states of lanes 0 ... N - 1, the words, and the escapes, which are read from the end
 //   backwards;
@@ -15,8 +15,14 @@
 //
 // A symbol outside its table is coded as the table's last bin and follows among the escapes, zigzag, seven
 // bits a byte. A decoder ends with every state at L and nothing left over; otherwise the stream is damaged.
+//
+// What is coded is a model: tables (rans_tables.h) or mixtures (rans_mixtures.h). It finds the ranges of
+// symbols for the encoder, and for the decoder the symbol whose range holds a slot; the coder asks it for
+// kBlock symbols at a time.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -42,31 +48,39 @@ struct Format {
   void check() const;
 };
 
-// Rows of cumulative frequencies. Row r has `size[r]` entries, strictly rising from 0 to M: size[r] - 1 bins,
-// of which the last one is the escape, if there is one. Bin j stands for the symbol offset[r] + j.
-struct Tables {
-  const int32_t* cdf;
-  int64_t rows, width;  // entries of a row in memory
-  const int32_t *size, *offset;
-  bool escape;
-};
-
-// Symbol i is coded with row index[i], or with row first + i where there is no index.
-struct Rows {
-  const int32_t* index;
-  int64_t first;
-  int64_t operator[](int64_t i) const { return index ? index[i] : first + i; }
-};
-
 struct Range {
   uint32_t start, width;  // c and f
 };
+
+// A symbol that a decoder found.
+struct Found {
+  Range range;
+  int32_t symbol;
+  bool escaped;  // the symbol is among the escapes
+};
+
+constexpr int kBlock = 128;
+
+void append_escape(std::string& out, int32_t symbol);
+
+// Symbols first ... first + count - 1 of some, count <= kBlock: their ranges, and escapes that are appended.
+class Source {
+ public:
+  virtual void ranges(int64_t first, int count, Range* out, std::string& escapes) = 0;
+
+ protected:
+  ~Source() = default;
+};
+
+// The stream of all symbols of a source.
+std::string encode(Format format, int64_t count, Source& source);
 
 // Symbols in, a stream out at the end.
 class Encoder {
  public:
   explicit Encoder(Format format) : format_(format) { format.check(); }
-  void put(const int32_t* symbols, int64_t count, const Tables& tables, Rows rows);
+  const Format& format() const { return format_; }
+  void put(int64_t count, Source& source);
   std::string finish() const;
 
  private:
@@ -75,17 +89,23 @@ class Encoder {
   std::string escapes_;  // in the order of the symbols
 };
 
-// A stream in, symbols out as they are asked for: as many and with the same tables as they were put in. The
+// A stream in, symbols out as they are asked for: as many and with the same models as they were put in. The
 // stream must outlive the decoder.
 class Decoder {
  public:
   Decoder(Format format, const char* stream, int64_t bytes);
-  void get(int32_t* symbols, int64_t count, const Tables& tables, Rows rows);
+  const Format& format() const { return format_; }
+
+  // A finder has block(first, count), after which find(i, slot) is asked for symbols first + i, i < count,
+  // one after the other, and holds(i, symbol) whether a symbol needs no escape. Instantiated in
+  // rans_decoder.h.
+  template <class Finder>
+  void get(int32_t* symbols, int64_t count, Finder& finder);
   void finish() const;  // throws Damaged unless everything was used up
 
  private:
-  template <class Coder>
-  void get_as(int32_t* symbols, int64_t count, const Tables& tables, Rows rows);
+  template <class Coder, class Finder>
+  void get_as(int32_t* symbols, int64_t count, Finder& finder);
   int32_t escaped();
 
   Format format_;

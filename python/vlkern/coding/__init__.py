@@ -1,7 +1,15 @@
 """Entropy coding: integers to bytes and back, exactly, at about the length that their probabilities allow."""
 
 from vlkern.coding.mixtures import Mixtures, quantize_mixture
-from vlkern.coding.rans import DamagedStream, Decoder, Encoder, decode, encode
+from vlkern.coding.rans import (
+    DamagedStream,
+    Decoder,
+    Encoder,
+    decode,
+    decode_mixtures,
+    encode,
+    encode_mixtures,
+)
 from vlkern.coding.tables import SCALES, Tables, gaussian_tables, scale_index, tables_from_pmfs
 
 __all__ = [
@@ -12,7 +20,9 @@ __all__ = [
     "Mixtures",
     "Tables",
     "decode",
+    "decode_mixtures",
     "encode",
+    "encode_mixtures",
     "gaussian_tables",
     "quantize_mixture",
     "scale_index",

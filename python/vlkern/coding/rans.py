@@ -1,5 +1,6 @@
 """Interleaved rANS: symbols with tables of probabilities to bytes and back; the arithmetic is in csrc/host/rans.h."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 
 from vlkern import _checks
 from vlkern._native import host
+from vlkern.coding.mixtures import Mixtures
 from vlkern.coding.tables import Tables
 
 KINDS = ("rans64", "rans_byte", "rans_word")
+_MOST_COMPONENTS = 16
 
 
 class DamagedStream(ValueError):
@@ -37,11 +40,27 @@ def _rows(tables: Tables, index: torch.Tensor | None, count: int) -> Any:
     rows = _integers("index", index).flatten()
     if len(rows) != count:
         raise ValueError(f"index must have an entry for each of the {count} symbols, got {len(rows)}")
-    if count and not 0 <= int(rows.min()) <= int(rows.max()) < len(tables.cdf):
-        raise ValueError(
-            f"index must name rows from 0 to {len(tables.cdf) - 1}, got {int(rows.min())} to {int(rows.max())}"
-        )
     return rows.numpy()
+
+
+def _mixtures(mixtures: Mixtures) -> tuple[tuple[Any, Any, Any], torch.Size]:
+    """The parameters [rows, K, C] for the coder, and the shape of the symbols."""
+    shape = _checks.tensor("means", mixtures.means).shape
+    if len(shape) < 2 or not 1 <= shape[-2] <= _MOST_COMPONENTS:
+        raise ValueError(f"means must have shape [..., K, C] with K from 1 to {_MOST_COMPONENTS}, got {list(shape)}")
+    for name, part, dtype in zip(Mixtures._fields, mixtures, (torch.int32, torch.uint8, torch.int16), strict=True):
+        if _checks.tensor(name, part).dtype != dtype:
+            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {part.dtype}")
+        _checks.shape(name, part, shape)
+    rows = math.prod(shape[:-2])
+    means, scales, weights = (part.cpu().contiguous().view(rows, *shape[-2:]).numpy() for part in mixtures)
+    return (means, scales, weights), shape[:-2] + shape[-1:]
+
+
+def _symbols_of(mixtures: Mixtures, symbols: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, Any, Any]]:
+    parts, shape = _mixtures(mixtures)
+    _checks.shape("symbols", _checks.tensor("symbols", symbols), shape)
+    return _integers("symbols", symbols).flatten(), parts
 
 
 def _check_kind(kind: str) -> None:
@@ -87,8 +106,14 @@ class Encoder:
         """Append symbols. Arguments and errors as `encode`."""
         flat = _integers("symbols", symbols).flatten()
         rows = _rows(tables, index, len(flat))
-        _check_precision(tables, self._precision)
+        _check_precision("tables", tables.precision, self._precision)
         self._native.put(flat.numpy(), tables.native, rows)
+
+    def put_mixtures(self, symbols: torch.Tensor, mixtures: Mixtures) -> None:
+        """Append symbols [..., C] with mixtures of their own. Errors as `encode_mixtures`."""
+        flat, parts = _symbols_of(mixtures, symbols)
+        _check_precision("mixtures", 16, self._precision)
+        self._native.put_mixtures(flat.numpy(), *parts)
 
     def finish(self) -> bytes:
         """The stream."""
@@ -118,10 +143,17 @@ class Decoder:
         """The next symbols, int32 in the shape of `index`, or one for each row. Errors as `decode`."""
         count = len(tables.cdf) if index is None else index.numel()
         rows = _rows(tables, index, count)
-        _check_precision(tables, self._precision)
+        _check_precision("tables", tables.precision, self._precision)
         with _damage():
             symbols = torch.from_numpy(self._native.get(count, tables.native, rows))
         return symbols if index is None else symbols.view(index.shape)
+
+    def get_mixtures(self, mixtures: Mixtures) -> torch.Tensor:
+        """The next symbols, int32 [..., C], one for each mixture. Errors as `decode_mixtures`."""
+        parts, shape = _mixtures(mixtures)
+        _check_precision("mixtures", 16, self._precision)
+        with _damage():
+            return torch.from_numpy(self._native.get_mixtures(math.prod(shape), *parts)).view(shape)
 
     def finish(self) -> None:
         """Make sure that this was all. Raises DamagedStream if something is left or a state is not at its end."""
@@ -129,9 +161,9 @@ class Decoder:
             self._native.finish()
 
 
-def _check_precision(tables: Tables, precision: int) -> None:
-    if tables.precision != precision:
-        raise ValueError(f"tables must have the precision of the coder, {precision}, got {tables.precision}")
+def _check_precision(name: str, got: int, precision: int) -> None:
+    if got != precision:
+        raise ValueError(f"{name} must have the precision of the coder, {precision}, got {got}")
 
 
 def _check_cuts(cu_seqlens: Any, count: int) -> list[int]:
@@ -236,3 +268,78 @@ def decode(
     with _damage():
         symbols = torch.from_numpy(host().rans_decode(list(streams), cu, tables.native, rows, *options))
     return symbols if index is None else symbols.view(index.shape)
+
+
+def encode_mixtures(
+    symbols: torch.Tensor,
+    mixtures: Mixtures,
+    *,
+    cu_seqlens: torch.Tensor | Sequence[int] | None = None,
+    lanes: int = 2,
+    kind: str = "rans64",
+    threads: int | None = None,
+) -> list[bytes]:
+    """Symbols with mixtures of their own to streams of bytes.
+
+    The probabilities are those of `vlkern.ops.mixture_cdf` at `vlkern.ops.mixture_window`: at 16 bits of precision, and
+    the same on every machine. Only the entries that are needed are computed, and no row is built. Symbols outside of
+    their window cost 8 to 40 bits more.
+
+    Args:
+        symbols: [..., C], integers.
+        mixtures: [..., K, C], at most 16 components.
+        cu_seqlens, lanes, kind, threads: as for `encode`; cu_seqlens counts single symbols.
+
+    Returns:
+        S streams.
+
+    Raises:
+        TypeError: symbols are no integers, or mixtures have another dtype than theirs.
+        ValueError: shapes do not fit, a mean, scale or weight is out of range, or an option.
+
+    Example:
+        >>> params = torch.randn(8, 3, 2, 192)
+        >>> mixtures, symbols = vlkern.coding.quantize_mixture(params), torch.randint(-2, 3, (8, 192))
+        >>> [stream] = vlkern.coding.encode_mixtures(symbols, mixtures)
+        >>> torch.equal(vlkern.coding.decode_mixtures([stream], mixtures), symbols.int())
+        True
+    """
+    _check_kind(kind)
+    flat, parts = _symbols_of(mixtures, symbols)
+    cu = _check_cuts(cu_seqlens, len(flat))
+    streams: list[bytes] = host().rans_encode_mixtures(flat.numpy(), cu, *parts, kind, lanes, _check_threads(threads))
+    return streams
+
+
+def decode_mixtures(
+    streams: Sequence[bytes],
+    mixtures: Mixtures,
+    *,
+    cu_seqlens: torch.Tensor | Sequence[int] | None = None,
+    lanes: int = 2,
+    kind: str = "rans64",
+    threads: int | None = None,
+) -> torch.Tensor:
+    """Streams of `encode_mixtures` to symbols. Arguments as there, what is said of damage as for `decode`.
+
+    Returns:
+        int32 [..., C].
+
+    Raises:
+        DamagedStream: a ValueError: a stream is not what `encode_mixtures` wrote with these mixtures.
+        TypeError, ValueError: as `encode_mixtures`.
+
+    Example:
+        >>> params = torch.zeros(3, 1, 4)  # logits, means, log scales
+        >>> vlkern.coding.decode_mixtures([bytes(4)], vlkern.coding.quantize_mixture(params))
+        Traceback (most recent call last):
+        vlkern.coding.rans.DamagedStream: the stream is shorter than its states
+    """
+    _check_kind(kind)
+    parts, shape = _mixtures(mixtures)
+    cu = _check_cuts(cu_seqlens, math.prod(shape))
+    if len(streams) != len(cu) - 1:
+        raise ValueError(f"streams must be {len(cu) - 1}, as cu_seqlens says, got {len(streams)}")
+    with _damage():
+        found = host().rans_decode_mixtures(list(streams), cu, *parts, kind, lanes, _check_threads(threads))
+    return torch.from_numpy(found).view(shape)

@@ -68,7 +68,7 @@ class Tables:
     @functools.cached_property
     def native(self) -> Any:
         """As the coder takes them."""
-        return host().RansTables(self.cdf.numpy(), self.size.numpy(), self.offset.numpy(), self.escape)
+        return host().RansTables(self.cdf.numpy(), self.size.numpy(), self.offset.numpy(), self.escape, self.precision)
 
 
 def _cumulative(pmf: torch.Tensor, precision: int) -> torch.Tensor:

@@ -1,0 +1,97 @@
+// How rans.h is done: kinds of coders, little-endian words, the loop of a decoder.
+#pragma once
+
+#include "rans.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+
+namespace vlkern::rans {
+
+template <class T>
+T little(T value) {
+  if constexpr (std::endian::native == std::endian::big && sizeof(T) > 1) {
+    auto bytes = std::bit_cast<std::array<unsigned char, sizeof(T)>>(value);
+    std::reverse(bytes.begin(), bytes.end());
+    return std::bit_cast<T>(bytes);
+  }
+  return value;
+}
+
+template <class T>
+T load(const char* p) {
+  T value;
+  std::memcpy(&value, p, sizeof value);
+  return little(value);
+}
+
+template <class T>
+void append(std::string& out, T value) {
+  value = little(value);
+  out.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+template <class StateT, class WordT, int kLowBits>
+struct Coder {
+  using State = StateT;
+  using Word = WordT;
+  static constexpr int kLow = kLowBits, kWordBits = 8 * sizeof(Word);
+  static constexpr State kLeast = State(1) << kLow;  // L
+};
+
+template <class F>
+auto with_coder(Kind kind, F f) {
+  switch (kind) {
+    case Kind::kByte:
+      return f(Coder<uint32_t, uint8_t, 23>());
+    case Kind::kWord:
+      return f(Coder<uint32_t, uint16_t, 16>());
+    default:
+      return f(Coder<uint64_t, uint32_t, 31>());
+  }
+}
+
+template <class Finder>
+void Decoder::get(int32_t* symbols, int64_t count, Finder& finder) {
+  with_coder(format_.kind, [&]<class C>(C) { get_as<C>(symbols, count, finder); });
+}
+
+template <class C, class Finder>
+void Decoder::get_as(int32_t* symbols, int64_t count, Finder& finder) {
+  using State = typename C::State;
+  using Word = typename C::Word;
+  const int precision = format_.precision, lanes = format_.lanes;
+  const State mask = (State(1) << precision) - 1;
+  uint64_t* const states = state_.data();
+  int lane = lane_;
+  const char* in = in_;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int n = int(std::min<int64_t>(kBlock, count - first));
+    finder.block(first, n);
+    for (int i = 0; i < n; ++i) {
+      State x = State(states[lane]);
+      const uint32_t slot = uint32_t(x & mask);
+      const Found found = finder.find(i, slot);
+      x = State(found.range.width) * (x >> precision) + (slot - found.range.start);
+      while (x < C::kLeast) {
+        if (end_ - in < ptrdiff_t(sizeof(Word))) throw Damaged("the stream ends too early");
+        x = (x << C::kWordBits) | load<Word>(in);
+        in += sizeof(Word);
+      }
+      states[lane] = x;
+      lane = lane + 1 == lanes ? 0 : lane + 1;
+      symbols[first + i] = found.symbol;
+      if (found.escaped) {
+        in_ = in;
+        symbols[first + i] = escaped();
+        if (finder.holds(i, symbols[first + i])) throw Damaged("an escaped symbol is one of its table");
+      }
+    }
+  }
+  lane_ = lane;
+  in_ = in;
+}
+
+}  // namespace vlkern::rans
