@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 
-from tiny import picture, tiny
+from tiny import exact, picture
 
 from vlkern import codec
 
@@ -25,12 +25,19 @@ ABSURD = (0, 1, 2, 3, 255, 256, 65535, 1 << 16, 1 << 24, (1 << 31) - 1, 1 << 31,
 
 
 def originals() -> list[bytes]:
-    """Whole files, two of them with the same header."""
-    made = []
-    for number, (height, width) in enumerate(((70, 90), (70, 90), (130, 64), (16, 16))):
-        made.append(codec.compress(picture(height, width, number), quality=number, batch=2, codec=tiny()))
-    made.append(codec.compress(picture(70, 90, 7), quality=0, batch=2, codec=tiny()))
-    return made
+    """Whole files of both levels of exactness, the first two with the same header."""
+    return [
+        codec.compress(picture(height, width, seed), quality=quality, exact=level, batch=2, codec=exact())
+        for seed, (height, width, quality, level) in enumerate(
+            [
+                (70, 90, 0, "integer"),
+                (70, 90, 0, "integer"),
+                (70, 90, 1, "float"),
+                (130, 64, 2, "integer"),
+                (16, 16, 3, "float"),
+            ]
+        )
+    ]
 
 
 def segments(data: bytes) -> int:
@@ -165,7 +172,7 @@ def refuse(count: int, seed: int = 0) -> dict[str, float]:
         AssertionError: one is taken for whole, or refused by another error than those that are promised.
     """
     rng, files = random.Random(seed), originals()
-    codec.decompress(files[0], codec=tiny())
+    codec.decompress(files[0], codec=exact())
     before, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0
     done: collections.Counter[str] = collections.Counter()
     while done.total() < count:
@@ -175,7 +182,7 @@ def refuse(count: int, seed: int = 0) -> dict[str, float]:
             continue
         start = time.process_time()
         try:
-            codec.decompress(data, codec=tiny())
+            codec.decompress(data, codec=exact())
         except (codec.DamagedFile, codec.Mismatch) as error:
             assert "\n" not in str(error)
         else:

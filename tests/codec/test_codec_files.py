@@ -230,7 +230,7 @@ def test_progress_rises_to_one():
 
 
 def test_corrupted_files_are_refused():
-    found = refuse(400)
+    found = refuse(300)
     assert found["seconds"] < 1 and found["MiB"] < 100
     assert len(found) == 12 and len(set(originals())) == 5
 
