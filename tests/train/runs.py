@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import pytest
 import safetensors.torch
 import shards
 import torch
@@ -153,6 +154,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / "model" / "model.safetensors")
 
 
+def same_weights(ours: Path, theirs: Path, atol: float) -> None:
+    """The models of two runs are the same but for rounding."""
+    one, other = weights(ours), weights(theirs)
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert torch.allclose(one[name], tensor, atol=atol), name
+
+
+def refusal(arguments: list[Any], caught: Any) -> str:
+    """What the command says in this process before it ends with status 2. `caught`: pytest's capsys or capfd."""
+    from vlkern.cli import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main([str(a) for a in arguments])
+    said = caught.readouterr().err
+    assert "vlkern: error: " in said and "Traceback" not in said
+    return said
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -163,6 +183,16 @@ def shard(path: Path, count: int) -> Path:
     for i in range(count):
         members[f"{i:04}.png"] = shards.picture(color=(10 * i, 255 - 10 * i, 40 * i % 256), size=(16, 16))
         members[f"{i:04}.json"] = json.dumps({"captions": [f"colour {i}", f"{i} of {count}"]}).encode()
+    return shards.write(path, members)
+
+
+def classes(path: Path, count: int) -> Path:
+    """As shard, of plants, animals and food."""
+    members: dict[str, bytes] = {}
+    for i in range(count):
+        members[f"{i:04}.png"] = shards.picture(color=(10 * i, 255 - 10 * i, 40 * i % 256), size=(16, 16))
+        told = {"captions": [f"number {i}"], "category": f"{['plants', 'animals', 'food'][i % 3]}/{i}"}
+        members[f"{i:04}.json"] = json.dumps(told).encode()
     return shards.write(path, members)
 
 

@@ -1,7 +1,7 @@
 """What the commands `vlkern train RECIPE` of models that make pictures have in common: from options to a run."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import nn
 from vlkern import data, models
 from vlkern._malloc import recycle_memory
 from vlkern.errors import UserError
+from vlkern.recipes.autoencoders import NoWords
 from vlkern.recipes.pictures import AUTOENCODER
 from vlkern.train import common
 from vlkern.train.ranks import Ranks
@@ -94,6 +95,20 @@ def pretrained(settings: Settings, family: type[_Model]) -> _Model | None:
     return None if origin is None else _load("--from", origin, family)
 
 
+def model_of(settings: Settings, family: type[_Model], presets: Mapping[str, Any]) -> _Model:
+    """The model of --from, or a new one of --preset, the same for the same --seed.
+
+    Raises:
+        UserError: it cannot be read or is another model, or there is no such preset.
+    """
+    model = pretrained(settings, family)
+    if model is None:
+        config = config_of(settings, presets)
+        torch.manual_seed(settings["seed"])
+        model = family(config)
+    return model
+
+
 def _load(option: str, folder: Path | str, family: type[_Model]) -> _Model:
     try:
         model = models.load_pretrained(folder, dtype=torch.float32)
@@ -128,3 +143,37 @@ def settle_length(args: argparse.Namespace, settings: Settings, pairs: data.Pair
     """Batch, steps and what follows from them. Raises UserError if the batch fits neither pictures nor ranks."""
     settings.settle("batch", min(BATCH, len(pairs) // ranks.world * ranks.world))
     common.settle_length(args, settings, len(pairs), ranks.world)
+
+
+def run_without_words(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    recipe: str,
+    settings: Settings,
+    stored: dict[str, Any] | None,
+    model: Any,
+    task: Callable[..., Any],
+) -> None:
+    """From a model of pictures alone to its run, or the rest of one.
+
+    Args:
+        args: all options.
+        ranks: of the run.
+        recipe: its name.
+        settings: but for the length.
+        stored: config.json of the run that is resumed, or None.
+        model: `model.config.image_size` is the size of its pictures.
+        task: the task of the recipe, from the model on its device, recipe, steps, ranks, pairs and words.
+
+    Raises:
+        UserError: data or batch do not fit.
+    """
+    pairs = common.open_pairs(args, settings, model.config.image_size, stored)
+    settle_length(args, settings, pairs, ranks)
+    words = NoWords()
+    run = common.record(args, ranks, recipe, settings, pairs, words, words.vocabulary, stored)
+    made = task(
+        model.to(ranks.device), run.recipe, settings["steps"], ranks, pairs, words,
+        seed=settings["seed"], workers=args.workers, flip=settings["flip"],
+    )  # fmt: skip
+    common.carry_out(args, ranks, run, made, pairs)

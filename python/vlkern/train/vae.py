@@ -1,11 +1,9 @@
 """The command `vlkern train vae`: its options, and from options to a run."""
 
 import argparse
-
-import torch
+from typing import Any
 
 from vlkern.models.vae import PRESETS, Vae
-from vlkern.recipes.autoencoders import NoWords
 from vlkern.recipes.vae import Objective, VaeTask
 from vlkern.train import common, pictures
 from vlkern.train.options import number
@@ -31,18 +29,9 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """One run, or the rest of one."""
     stored, settings = pictures.begin(args, ranks, "vae", NAMES, PRESET)
     settings.settle("beta", BETA)
-    model = pictures.pretrained(settings, Vae)
-    if model is None:
-        config = pictures.config_of(settings, PRESETS)
-        torch.manual_seed(settings["seed"])
-        model = Vae(config)
-    pairs = common.open_pairs(args, settings, model.config.image_size, stored)
-    pictures.settle_length(args, settings, pairs, ranks)
-    words = NoWords()
-    run = common.record(args, ranks, "vae", settings, pairs, words, words.vocabulary, stored)
-    model = model.to(ranks.device)
-    task = VaeTask(
-        model, Objective(model, settings["beta"]), run.recipe, settings["steps"], ranks, pairs, words,
-        seed=settings["seed"], workers=args.workers, flip=settings["flip"],
-    )  # fmt: skip
-    common.carry_out(args, ranks, run, task, pairs)
+    model = pictures.model_of(settings, Vae, PRESETS)
+
+    def task(model: Vae, *given: Any, **options: Any) -> VaeTask:
+        return VaeTask(model, Objective(model, settings["beta"]), *given, **options)
+
+    pictures.run_without_words(args, ranks, "vae", settings, stored, model, task)
