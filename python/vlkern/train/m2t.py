@@ -18,7 +18,7 @@ PRESET = "m2t-small"
 #: the options that define a run
 NAMES = (*pictures.NAMES, "crop", "shrink")
 #: what other recipes do otherwise; bfloat16 would round latents above 256 to even numbers
-DEFAULTS = {"batch": 2, "weight_decay": 0.0, "beta2": 0.99, "clip": 5.0, "precision": "fp32"}
+DEFAULTS = {"batch": 2, "lr": 5e-4, "weight_decay": 0.0, "beta2": 0.99, "clip": 5.0, "precision": "fp32"}
 #: crops that principal components are computed from
 FITTED = 48
 
