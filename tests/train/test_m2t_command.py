@@ -114,7 +114,7 @@ def test_rates():
     of = {id(p): group for group in groups for p in group["params"]}
     model = made.model
     multiples = [of[id(p)]["multiple"] for p in (model.log_gain, model.entropy.mask, next(model.encoder.parameters()))]
-    assert multiples == [3.0, 1.0, 0.5] and of[id(model.log_gain)]["weight_decay"] == 0
+    assert multiples == [2.0, 1.0, 0.3] and of[id(model.log_gain)]["weight_decay"] == 0
 
 
 @pytest.mark.parametrize(
