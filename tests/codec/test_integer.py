@@ -169,6 +169,8 @@ def test_whatever_computes_them_the_mixtures_are_the_same(name, extreme):
             same(mixtures_of(IntegerEntropy(config, weights, backend="cpu"), sample), wanted)
     finally:
         torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        same(mixtures_of(IntegerEntropy(config, weights, device="cuda"), sample), wanted)
     for native in LEVELS.values():
         entropy = IntegerEntropy(config, weights)
         entropy._steps = native

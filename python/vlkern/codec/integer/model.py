@@ -47,7 +47,7 @@ class IntegerEntropy:
         ValueError: the weights are not those of such a model, or no integers with which nothing overflows.
 
     Example:
-        >>> entropy = IntegerEntropy.load("my-codec")
+        >>> entropy = IntegerEntropy.load("my-codec", model.config)
         >>> state = entropy.begin(tiles=2, level=3)
         >>> first = entropy.step(state, None, None)
     """
