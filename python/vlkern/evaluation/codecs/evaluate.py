@@ -12,7 +12,7 @@ from vlkern._files import write_file
 from vlkern.evaluation.codecs import plots
 from vlkern.evaluation.codecs.contestants import Contestant
 from vlkern.evaluation.codecs.crops import Crop, crops
-from vlkern.evaluation.codecs.curves import mean_curve, savings, times
+from vlkern.evaluation.codecs.curves import LOW, mean_curve, savings, times
 from vlkern.evaluation.codecs.measure import Point, measure
 from vlkern.evaluation.codecs.page import curve_table, page, pictures_table, savings_table, signed, times_table
 from vlkern.evaluation.progress import Bar
@@ -43,7 +43,8 @@ class Evaluation(NamedTuple):
     def curve(self) -> list[dict[str, float | None]]:
         """Our mean curve: quality, bpp, psnr, ms_ssim."""
         over_psnr, over_similarity = (mean_curve(self.points, self.ours.name, m) for m in ("psnr", "ms_ssim"))
-        similar = over_similarity.quality or [None] * len(over_psnr.quality)
+        nowhere: list[float | None] = [None] * len(over_psnr.quality)
+        similar = over_similarity.quality or nowhere
         rows = zip(self.ours.qualities, *over_psnr, similar, strict=True)
         return [dict(zip(("quality", "bpp", "psnr", "ms_ssim"), row, strict=True)) for row in rows]
 
@@ -104,7 +105,10 @@ def write(found: Evaluation, model: str, data: str, skipped: Sequence[str], fold
     """
     saved, pictures = found.savings(), list(dict.fromkeys(point.picture for point in found.points))
     drawn = [plots.mean_plot(found.points, found.ours.name), plots.picture_plot(found.points, found.ours.name)]
-    against = {f"BD-rate against {rival}": signed(s["mean"]["low"]["pchip"]["rate"]) for rival, s in saved.items()}
+    against = {
+        f"BD-rate against {rival} below {LOW:g} bpp": signed(s["mean"]["low"]["pchip"]["rate"])
+        for rival, s in saved.items()
+    }
     about = {"model": model, "data": f"{data}, {len(pictures)} pictures"} | against
     results: dict[str, Any] = {
         "schema": 1, "model": model, "data": data, "pictures": pictures, "skipped": list(skipped),
