@@ -154,8 +154,8 @@ def each(
 
     differentiable: only the rooms that have gradients.
 
-    In Triton's interpreter a heavy sample is tried in float16 alone: in float32, in smaller tiles, it takes several times
-    as long, and what float32 is like the other samples show.
+    In Triton's interpreter a heavy sample is tried in float16 alone: in float32, in smaller tiles, it takes several
+    times as long, and what float32 is like the other samples show.
     """
     names, cases = ["op", "backend"] + ["dtype"] * dtype + ["sample"] * bool(sample), []
     for op in (op for op in REGISTRY.values() if op.differentiable or not differentiable):
