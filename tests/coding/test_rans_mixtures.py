@@ -107,6 +107,24 @@ def test_the_length_is_that_of_the_entropy():
     assert 8 * len(stream) <= 1.001 * bits + 64 * 2 + 32
 
 
+def test_constriction_agrees():
+    """Another coder, with the same probabilities: the same symbols, and as many bits."""
+    constriction = pytest.importorskip("constriction", reason="requirements-peers.txt has it")
+    symbols, mixtures = draw(30, 64)
+    tables = tables_of(mixtures)
+    # Equal rows: a bin that a row lacks gets next to nothing.
+    rows = tables.cdf.diff(dim=1).clamp(min=0).double().numpy() / 65536
+    bins = (symbols.flatten() - tables.offset).numpy()
+    family = constriction.stream.model.Categorical(perfect=False)
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(bins, family, rows)
+    bits = coder.num_bits()
+    [stream] = encode_mixtures(symbols, mixtures, lanes=1)
+    assert abs(8 * len(stream) - bits) < 0.002 * bits + 64
+    again = torch.from_numpy(coder.decode(family, rows)) + tables.offset
+    assert torch.equal(decode_mixtures([stream], mixtures, lanes=1).flatten(), again.int())
+
+
 def test_damage_is_told_or_harmless():
     """Cut, continued, changed and spliced streams, with wide windows; a changed escape is just another symbol."""
     symbols, mixtures = draw(4, 50, wild=True)

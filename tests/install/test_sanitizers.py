@@ -67,6 +67,19 @@ tokens = torch.from_numpy(draw.integers(-(2**31), 2**31, (2, 16, 16))).float()
 known = torch.ones(2, 16, dtype=torch.bool)
 integer = IntegerEntropy(model.config, convert(model, [Latents(tokens / 2**28, known, 1)]), backend="cpu")
 mixtures_of(integer, Latents(tokens, known, 1))
+g = torch.Generator().manual_seed(0)
+params = torch.randn(9, 3, 3, 21, generator=g) * torch.tensor([1.0, 20.0, 3.0])[:, None, None]
+mixtures, symbols = coding.quantize_mixture(params), symbols[:189].view(9, 21)
+symbols[3:] = (torch.randn(6, 21, generator=g) * 20).int()
+[stream] = coding.encode_mixtures(symbols, mixtures)
+assert torch.equal(coding.decode_mixtures([stream], mixtures), symbols)
+for _ in range(500):
+    damaged = bytearray(stream[: draw.integers(16, len(stream) + 1)])
+    damaged[draw.integers(len(damaged))] ^= 1 << draw.integers(8)
+    try:
+        coding.decode_mixtures([bytes(damaged)], mixtures)
+    except coding.DamagedStream:
+        pass
 print("done")
 """
 
