@@ -55,14 +55,15 @@ def _pixels(paths: list[Path], most: int) -> Iterator[torch.Tensor]:
 
 def _samples(model: M2T, paths: list[Path], most: int) -> tuple[list[Latents], list[Latents]]:
     """To calibrate with, and to measure with."""
-    levels, parts = model.config.levels, ([], [])  # type: tuple[list[Latents], list[Latents]]
+    levels = model.config.levels
+    seen: list[Latents] = []
+    unseen: list[Latents] = []
     for i, pixels in enumerate(_pixels(paths, most)):
-        for part in range(_LEVELS):
-            level = (i + part * levels // _LEVELS) % levels
-            parts[i % _MEASURED == _MEASURED - 1].append(latents_of(model, pixels, level))
-    if not (parts[0] and parts[1]):
-        raise UserError(f"PICTURES: expected at least {_MEASURED} that can be read, got {len(parts[0]) // _LEVELS}")
-    return parts
+        found = [latents_of(model, pixels, (i + part * levels // _LEVELS) % levels) for part in range(_LEVELS)]
+        (unseen if i % _MEASURED == _MEASURED - 1 else seen).extend(found)
+    if not unseen:
+        raise UserError(f"PICTURES: expected at least {_MEASURED} that can be read, got {len(seen) // _LEVELS}")
+    return seen, unseen
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -79,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
     for level in sorted(costs):
         floats, integers = costs[level]
         print(f"level {level:2}   {floats / 8:10.0f} bytes with floats   {100 * (integers / floats - 1):+.3f} %")
-    floats, integers = (sum(parts) for parts in zip(*costs.values(), strict=True))
+    floats, integers = (sum(bits) for bits in zip(*costs.values(), strict=True))
     print(f"together   {floats / 8:10.0f} bytes with floats   {100 * (integers / floats - 1):+.3f} %")
     print(weights.save(args.model))
     if args.pack is not None:
