@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rooms import ROOT
 from sandbox import COMPILER, SANITIZERS, run, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not COMPILER, reason="the run-time libraries come with g++")]
@@ -109,3 +110,7 @@ def test_the_sanitizers_see_a_fault(faulty: Path, code: str, last: int, report: 
 def test_every_sample_is_clean(installed: Path, tmp_path: Path) -> None:
     said = run(installed / "bin" / "python", "-c", EVERY_SAMPLE, installed, cwd=tmp_path, sanitized=True)
     assert said.endswith("done\n")
+
+
+def test_damaged_files_are_refused(installed: Path, tmp_path: Path) -> None:
+    run(installed / "bin" / "python", ROOT / "tests/codec/corruptions.py", 200, cwd=tmp_path, sanitized=True)

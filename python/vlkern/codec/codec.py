@@ -88,7 +88,7 @@ class Codec:
 def _add(digest: "hashlib._Hash", tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().numpy())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
 def load(folder: str | os.PathLike[str] | None = None, *, device: torch.device | str = "cpu") -> Codec:
@@ -107,7 +107,7 @@ def load(folder: str | os.PathLike[str] | None = None, *, device: torch.device |
 
 @functools.cache
 def _shipped(device: str) -> Codec:
-    if not SHIPPED.is_dir():
+    if not (SHIPPED / "config.json").is_file():
         raise UserError("this build of vlkern comes without weights for pictures: give a folder of `vlkern train m2t`")
     return _load(SHIPPED, device)
 
