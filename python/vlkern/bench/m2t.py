@@ -84,7 +84,8 @@ def event(preset: str, tiles: int) -> Event:
         """Of M2T the steps; in float64, as nothing is to be saved, one pass."""
         if model.log_gain.dtype == torch.float64:
             return model.entropy(tokens.double(), model.quality(level))
-        cache, end, found = StepCache(model.entropy, tiles, model.quality(level)), 0, []
+        cache, end = StepCache(model.entropy, tiles, model.quality(level)), 0
+        found: list[torch.Tensor] = []
         for n in config.groups:
             before = tokens[:, end - len(found[-1][0]) : end] if found else None
             found.append(cache.advance(before))

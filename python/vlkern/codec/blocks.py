@@ -55,7 +55,8 @@ def _blocks(grid: tuple[int, int], around: int, side: int) -> Iterator[_Block]:
 
 
 def _cut(grid: torch.Tensor, region: tuple[slice, slice]) -> torch.Tensor:
-    return grid[(slice(None), *region)]
+    rows, columns = region
+    return grid[:, rows, columns]
 
 
 def _progress(block: _Block, grid: tuple[int, int]) -> float:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ _MODES = ("RGB", "L", "1", "P", "CMYK", "YCbCr", "LAB", "HSV", "RGBX", "RGBA", "
 #: Tag of EXIF.
 _ORIENTATION = 0x0112
 #: Ending of a file -> how Pillow writes it without loss.
-_LOSSLESS = {
+_LOSSLESS: dict[str, dict[str, Any]] = {
     ".png": {"format": "PNG", "compress_level": 4},
     ".ppm": {"format": "PPM"},
     ".bmp": {"format": "BMP"},
@@ -68,8 +69,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image) if turned else image  # which would make a copy
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
-        least, _ = upright.getchannel("A").getextrema()
-        if least < 255:
+        if upright.getchannel("A").point(lambda alpha: alpha < 255).getbbox():
             raise ValueError("expected a picture without transparent parts: lay it on a background first")
     if upright.mode == "RGB":
         upright.load()

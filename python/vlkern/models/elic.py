@@ -53,6 +53,14 @@ def _start(conv: nn.Conv2d | nn.ConvTranspose2d, fan_in: float) -> nn.Module:
     return conv
 
 
+def _silent(width: int, inputs: int) -> nn.Conv2d:
+    """1x1, which gives zeros at first."""
+    conv = nn.Conv2d(inputs, width, 1)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
 def _conv(inputs: int, outputs: int) -> nn.Module:
     """5x5, half the side."""
     return _start(nn.Conv2d(inputs, outputs, 5, stride=2, padding=2), 25 * inputs)
@@ -71,9 +79,7 @@ class Block(nn.Module):
         inner = width // 2
         self.reduce = _start(nn.Conv2d(width, inner, 1), width / 2)
         self.conv = _start(nn.Conv2d(inner, inner, 3, padding=1), 9 * inner / 2)
-        self.expand = nn.Conv2d(inner, width, 1)
-        nn.init.zeros_(self.expand.weight)
-        nn.init.zeros_(self.expand.bias)
+        self.expand = _silent(width, inner)
 
     def forward(self, x_BFHW: torch.Tensor) -> torch.Tensor:
         """The same shape."""
@@ -87,9 +93,7 @@ class Attention(nn.Module):
         super().__init__()
         self.content = nn.ModuleList(Block(width) for _ in range(3))
         self.gate = nn.ModuleList(Block(width) for _ in range(3))
-        self.project = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
+        self.project = _silent(width, width)
 
     def forward(self, x_BFHW: torch.Tensor) -> torch.Tensor:
         """The same shape."""

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -178,9 +179,9 @@ class EntropyTransformer(nn.Module):
         for i, means in enumerate(self.head.bias.detach().view(3, c.components, c.channels)[1]):
             nn.init.constant_(means, 2 * i / max(c.components - 1, 1) - 1)
 
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Block]:
         """The transformer's."""
-        return list(self.layers)
+        return [cast(Block, layer) for layer in self.layers]
 
     def vectors(self, tokens_TnC: torch.Tensor, slots: slice, quality: torch.Tensor) -> torch.Tensor:
         """What the first block takes [T, n, D], for the tokens of n slots; `quality` [T, D] or [D]."""
@@ -221,7 +222,7 @@ class EntropyTransformer(nn.Module):
         first = torch.arange(tiles, dtype=torch.int32, device=x.device).unsqueeze(1) * count
         seen = torch.tensor(self.config.seen, dtype=torch.int32, device=x.device)
         start, stop = first.expand(tiles, count).flatten(), (first + seen).flatten()
-        for block in self.layers:
+        for block in self.blocks():
             q, k, v = (part.flatten(0, 1) for part in block.project(x))
             x = block.finish(x, ops.interval_attention(q, k, v, start, stop).unflatten(0, (tiles, count)))
         return self.predict(x)
@@ -238,7 +239,7 @@ class EntropyTransformer(nn.Module):
             [T, N, 3, K, C]; those of the known tokens mean nothing.
         """
         x = self.vectors(torch.where(known_TN.unsqueeze(-1), tokens_TNC, self.mask), slice(None), quality)
-        for block in self.layers:
+        for block in self.blocks():
             x = block.finish(x, attend(*block.project(x)))
         return self.predict(x)
 
@@ -279,7 +280,7 @@ class StepCache:
         inputs = torch.cat([*parts, model.mask.expand(self.tiles, masks, -1)], 1)
         slots = slice(self.end, self.end + n)
         x = model.vectors(inputs, slots, self.quality)
-        for block, (keys, values) in zip(model.layers, self.cached, strict=True):
+        for block, (keys, values) in zip(model.blocks(), self.cached, strict=True):
             q, k, v = block.project(x)
             keys[:, slots], values[:, slots] = k, v
             x = block.finish(x, attend(q, keys[:, : slots.stop], values[:, : slots.stop]))

@@ -172,7 +172,7 @@ def convert(model: M2T, latents: Iterable[Latents], *, bits: int = 12) -> Weight
         raise ValueError(f"bits must be from 6 to 16, got {bits}")
     limit = (1 << (bits - 1)) - 1
     ranges = Ranges(model, latents)
-    norms: list[Any] = [norm for block in entropy.layers for norm in (block.norm1, block.norm2)]
+    norms: list[Any] = [norm for block in entropy.blocks() for norm in (block.norm1, block.norm2)]
     largest = max(ranges.largest(norm, "in") for norm in [*norms, entropy.norm])
     residual = 2.0 ** (math.ceil(math.log2(largest)) - _RESIDUAL_BITS)
 
@@ -188,7 +188,7 @@ def convert(model: M2T, latents: Iterable[Latents], *, bits: int = 12) -> Weight
         table(entropy.embed(entropy.mask / DELTA)),
         table(entropy.slot),
         table(torch.stack([model.quality(level) for level in range(c.levels)])),
-        tuple(_layer(block, ranges, residual, limit) for block in entropy.layers),
+        tuple(_layer(block, ranges, residual, limit) for block in entropy.blocks()),
         _norm(entropy.norm, residual, s_norm, limit),
         _dense(
             entropy.head.weight,

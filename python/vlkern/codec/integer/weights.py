@@ -195,7 +195,8 @@ def mapped(part: Any, move: Callable[[torch.Tensor], torch.Tensor], prepare: Cal
         return part
     fields = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     matrix = {"weight": prepare(fields.pop("weight"))} if isinstance(part, Dense) else {}
-    return type(part)(**matrix, **{name: mapped(value, move, prepare) for name, value in fields.items()})
+    kind: Any = type(part)
+    return kind(**matrix, **{name: mapped(value, move, prepare) for name, value in fields.items()})
 
 
 def _is(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
