@@ -80,7 +80,8 @@ def test_tails_are_exact(name):
 @hypothesis.given(data=st.data())
 def test_kernels_agree(name, data):
     """Any sizes and dtypes, also symbols of another dtype."""
-    k, c, n = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 150)), data.draw(st.integers(0, 9))
+    most = (3, 40, 3) if TRITON_INTERPRETS else (9, 150, 9)
+    k, c, n = data.draw(st.integers(1, most[0])), data.draw(st.integers(1, most[1])), data.draw(st.integers(0, most[2]))
     dtype, of_symbols = data.draw(st.sampled_from(dtypes(name))), data.draw(st.sampled_from(dtypes(name)))
     calls = []
     for seed in SEEDS:
