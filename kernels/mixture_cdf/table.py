@@ -65,5 +65,5 @@ def constant(name: str, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     Made once and kept, except inside a graph or for tensors without data, where they belong to the tracer.
     """
     traced = torch.compiler.is_compiling() or isinstance(like, torch._subclasses.FakeTensor)
-    made: torch.Tensor = (_make if traced else _kept)(name, dtype, like.device)
+    made: torch.Tensor = _make(name, dtype, like.device) if traced else _kept(name, dtype, like.device)
     return made
