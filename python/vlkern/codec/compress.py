@@ -27,7 +27,7 @@ def compress(
 
     Args:
         image: a picture of Pillow, turned upright and converted to RGB, or a tensor [3, H, W] uint8. A photograph of
-            24 million pixels takes about 0.5 GB besides.
+            24 million pixels takes about 0.6 GB besides.
         quality: from 0, the smallest file, to codec.levels - 1; None is the one in the middle.
         exact: "integer", a file that every machine reads, or "float", one for the same build on the same kind of
             machine; None is "integer" if the codec has it.
