@@ -71,6 +71,7 @@ setup(
     },
     package_data={
         "vlkern": ["version.txt", "py.typed"],
+        "vlkern.codec": ["weights/README.md", "weights/*/*"],
         "vlkern.clipart_mini": ["*.tar", "README.md"],
         "vlkern.photos": ["*.tar", "README.md"],
         "vlkern.photos.eval": ["*.webp"],
