@@ -307,7 +307,7 @@ class M2T(nn.Module):
         # Python's numbers: on the meta device, arithmetic of tensors would import PyTorch's compiler, for seconds.
         gain = [math.log(255 / 2 / 5 * math.sqrt(weight)) for weight in config.lambdas]
         self.log_gain, self.log_ungain = (
-            nn.Parameter(torch.tensor(row).unsqueeze(1).repeat(1, config.channels))
+            nn.Parameter(torch.tensor([[value] * config.channels for value in row]))
             for row in (gain, [-g for g in gain])
         )
         self.entropy = EntropyTransformer(config)
