@@ -25,7 +25,7 @@ SAMPLES = [
     Sample("below_a_tile", (3,), 7),
     Sample("above_a_tile", (3,), 23),
     Sample("long_rows", (1,), 3, k=2, size=1024),
-    Sample("transposed", (5,), 33, size=31, contiguous=False),
+    Sample("transposed", (3,), 11, size=31, contiguous=False),
     Sample("m2t_small_step", (24, 21), 192, bench=True),
     Sample("wide_window", (64,), 192, size=128, bench=True),
 ]
