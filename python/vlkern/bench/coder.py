@@ -33,7 +33,8 @@ COUNT = ROWS * CHANNELS
 _CUTS = [COUNT * i // 4 for i in range(5)]
 _REACH = 16  # of the rows of mixtures that rivals get
 
-Encode, Decode = Callable[[], Any], Callable[[Any], torch.Tensor]
+Encode = Callable[[], Any]
+Decode = Callable[[Any], torch.Tensor]
 
 
 def gaussians() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,7 +86,8 @@ def compressai_ans() -> ModuleType:
 
 def _ours_tables(threads: int) -> tuple[Encode, Decode]:
     symbols, _, index = gaussians()
-    tables, options = coding.gaussian_tables(), {"cu_seqlens": _CUTS, "threads": threads}
+    tables = coding.gaussian_tables()
+    options: dict[str, Any] = {"cu_seqlens": _CUTS, "threads": threads}
     return (
         partial(coding.encode, symbols, tables, index, **options),
         lambda streams: coding.decode(streams, tables, index, **options),
@@ -147,7 +149,7 @@ def _torchac() -> tuple[Encode, Decode]:
 
 def _ours_mixtures(threads: int) -> tuple[Encode, Decode]:
     symbols, found = mixtures()
-    options = {"cu_seqlens": _CUTS, "threads": threads}
+    options: dict[str, Any] = {"cu_seqlens": _CUTS, "threads": threads}
     return (
         partial(coding.encode_mixtures, symbols, found, **options),
         lambda streams: coding.decode_mixtures(streams, found, **options),
