@@ -1,4 +1,5 @@
 // Rows and windows of mixtures on the CPU: checks and threads. The arithmetic is in csrc/mixture_cdf.inc.
+#include "held.h"
 #include "mixture_cdf.h"
 #include "simd.h"
 #include "vlkern.h"
@@ -15,28 +16,8 @@ using namespace mixture_cdf;
 
 constexpr int64_t kPiece = 1 << 12;  // entries times components that a thread takes at a time, 10 us
 
-// means, scales, weights [..., K, C] in memory without gaps.
-struct Grid {
-  Tensor means, scales, weights;
-  std::vector<int64_t> symbols;  // [..., C]
-  int64_t channels, components;
-
-  Grid(const Tensor& means_, const Tensor& scales_, const Tensor& weights_)
-      : means(torch::stable::contiguous(means_)),
-        scales(torch::stable::contiguous(scales_)),
-        weights(torch::stable::contiguous(weights_)),
-        symbols(shape_of(means)) {
-    VLKERN_CHECK(symbols.size() >= 2 && symbols[symbols.size() - 2] > 0,
-                 "means must have shape [..., K, C] with at least one component");
-    VLKERN_CHECK(scales.numel() == means.numel() && weights.numel() == means.numel(),
-                 "scales and weights must have the shape of means");
-    VLKERN_CHECK(means.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::Byte &&
-                     weights.scalar_type() == ScalarType::Short,
-                 "means must be int32, scales uint8, weights int16");
-    channels = symbols.back();
-    components = symbols[symbols.size() - 2];
-    symbols.erase(symbols.end() - 2);
-  }
+struct Grid : mixture::Held {
+  using Held::Held;
 
   mixture::Mixture operator()(int64_t point, int64_t channel) const {
     const int64_t at = point * components * channels + channel;

@@ -3,6 +3,7 @@
 #include <initializer_list>
 
 #include "cuda/launch.cuh"
+#include "held.h"
 #include "mixture_cdf.h"
 #include "vlkern.h"
 
@@ -54,38 +55,14 @@ __global__ void __launch_bounds__(kBlock)
   half[symbol] = found.half;
 }
 
-// The tensors in memory without gaps, and the shape of the symbols.
-struct Held {
-  Tensor means, scales, weights;
-  std::vector<int64_t> symbols;
-  int64_t channels, components;
-
-  Held(const Tensor& means_, const Tensor& scales_, const Tensor& weights_)
-      : means(torch::stable::contiguous(means_)),
-        scales(torch::stable::contiguous(scales_)),
-        weights(torch::stable::contiguous(weights_)),
-        symbols(shape_of(means)) {
-    VLKERN_CHECK(symbols.size() >= 2 && symbols[symbols.size() - 2] > 0,
-                 "means must have shape [..., K, C] with at least one component");
-    VLKERN_CHECK(scales.numel() == means.numel() && weights.numel() == means.numel(),
-                 "scales and weights must have the shape of means");
-    VLKERN_CHECK(means.scalar_type() == ScalarType::Int && scales.scalar_type() == ScalarType::Byte &&
-                     weights.scalar_type() == ScalarType::Short,
-                 "means must be int32, scales uint8, weights int16");
-    channels = symbols.back();
-    components = symbols[symbols.size() - 2];
-    symbols.erase(symbols.end() - 2);
-  }
-
-  Grid grid() const {
-    return {means.const_data_ptr<int32_t>(), scales.const_data_ptr<uint8_t>(),
-            weights.const_data_ptr<int16_t>(), int(components), channels};
-  }
-};
+Grid grid(const mixture::Held& held) {
+  return {held.means.const_data_ptr<int32_t>(), held.scales.const_data_ptr<uint8_t>(),
+          held.weights.const_data_ptr<int16_t>(), int(held.components), held.channels};
+}
 
 Tensor mixture_cdf(const Tensor& means, const Tensor& scales, const Tensor& weights, const Tensor& low_,
                    int64_t size) {
-  const Held held(means, scales, weights);
+  const mixture::Held held(means, scales, weights);
   VLKERN_CHECK(size >= 1 && size < mixture::kTotal - 1, "size must be from 1 to 65534");
   VLKERN_CHECK(low_.scalar_type() == ScalarType::Int, "low must be int32");
   const Tensor low = torch::stable::contiguous(low_);
@@ -96,19 +73,19 @@ Tensor mixture_cdf(const Tensor& means, const Tensor& scales, const Tensor& weig
   Tensor out = empty(held.means, shape, ScalarType::Int);
   const int64_t symbols = low.numel();
   VLKERN_CHECK(symbols * (size + 2) == out.numel(), "low must have shape [..., C]");
-  stream.launch(rows, cuda::blocks(ceil_div(symbols, kRows)), kWarp * kRows, held.grid(),
+  stream.launch(rows, cuda::blocks(ceil_div(symbols, kRows)), kWarp * kRows, grid(held),
                 low.const_data_ptr<int32_t>(), int(size), out.mutable_data_ptr<int32_t>(), symbols);
   return out;
 }
 
 std::tuple<Tensor, Tensor> mixture_window(const Tensor& means, const Tensor& scales, const Tensor& weights) {
-  const Held held(means, scales, weights);
+  const mixture::Held held(means, scales, weights);
   Stream stream(held.means);
   for (const Tensor* t : {&held.scales, &held.weights}) stream.check_device(*t);
   Tensor low = empty(held.means, held.symbols, ScalarType::Int),
          half = empty(held.means, held.symbols, ScalarType::Int);
   const int64_t symbols = low.numel();
-  stream.launch(windows, cuda::blocks(ceil_div(symbols, kBlock)), kBlock, held.grid(),
+  stream.launch(windows, cuda::blocks(ceil_div(symbols, kBlock)), kBlock, grid(held),
                 low.mutable_data_ptr<int32_t>(), half.mutable_data_ptr<int32_t>(), symbols);
   return {low, half};
 }
