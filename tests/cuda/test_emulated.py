@@ -39,8 +39,8 @@ def emulated(tmp_path_factory):
             assert "kSide = 5760;" in code
             code = code.replace("kSide = 5760;", "kSide = 2176;")  # several tiles are 18 million pairs less
         source.write_text(code)
-        room = f'-DVLKERN_SOURCE="{source}"'
-        subprocess.run(["g++", *FLAGS, room, HERE / "emulator/emulator.cpp", *LIBRARIES, "-o", library], check=True)
+        room = [f'-DVLKERN_SOURCE="{source}"', "-I", path.parent]
+        subprocess.run(["g++", *FLAGS, *room, HERE / "emulator/emulator.cpp", *LIBRARIES, "-o", library], check=True)
         torch.ops.load_library(library)
 
 
