@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 import torch, vlkern
 from vlkern._op import REGISTRY
+from vlkern import codec
 from vlkern.data import clipart_mini, photos
 from vlkern.packing import pack
 
@@ -27,6 +28,7 @@ assert package.is_relative_to(sys.prefix), package
 mapped = {Path(line.split()[-1]) for line in open("/proc/self/maps") if "/" in line}
 assert package / "_C.so" in mapped, "the wheel's _C.so is not loaded"
 assert pack([5, 3, 4, 2], 8).bins == 2
+assert codec.load().exactness == ("integer",)
 assert all(found.is_relative_to(package) for found in (clipart_mini(), photos()))
 assert Path(sys.modules["vlkern._host"].__file__).parent == package
 assert set(REGISTRY) == set(sys.argv[1:]), set(REGISTRY)
@@ -48,8 +50,9 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None
     rooms = {Path("vlkern") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     pictures = {Path("vlkern/clipart_mini") / name for name in ("README.md", "train.tar", "test.tar")}
     photos = {"vlkern" / path.relative_to(ROOT / "data") for path in (ROOT / "data/photos").rglob("*.*")}
+    weights = {path.relative_to(ROOT / "python") for path in (ROOT / "python/vlkern/codec/weights").rglob("*.*")}
     rest = {Path("vlkern") / name for name in ("py.typed", "version.txt", "_C.so", "_host" + EXTENSION)}
-    assert held == {str(path) for path in python | rooms | pictures | photos | rest}
+    assert held == {str(path) for path in python | rooms | pictures | photos | weights | rest}
 
 
 def test_the_wheel_works_from_another_directory(installed: Path, tmp_path: Path) -> None:
