@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from rooms import KERNELS, device
+
+# Time says nothing here: two halves of the tests share two cores, and a first example may compile.
+settings.register_profile("vlkern", deadline=None)
+settings.load_profile("vlkern")
 
 
 def pytest_report_header() -> str:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vlkern import cli
+from vlkern.errors import UserError
 from vlkern.evaluation import TEMPLATES, load_encoder, prompts
 from vlkern.evaluation.tables import Table, cut
 
@@ -219,7 +220,7 @@ def test_unwritable_folder_leaves_nothing(model_folder, shard, tmp_path, capsys,
     from vlkern.evaluation import report
 
     def full(path, content):
-        raise report.UserError(f"{path}: cannot be written (No space left on device)")
+        raise UserError(f"{path}: cannot be written (No space left on device)")
 
     monkeypatch.setattr(report, "write_file", full)
     options = ["--data", shard, "--out", tmp_path]
