@@ -13,7 +13,6 @@ convolutions nothing bends but the blocks, which start at zero: an untrained tra
 Source: He et al., ELIC: Efficient Learned Image Compression, 2022, without its context models.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +136,7 @@ class Synthesis(nn.Sequential):
         )  # fmt: skip
 
 
-def margin(transform: Sequence[nn.Module] | nn.Sequential) -> int:
+def margin(transform: Analysis | Synthesis) -> int:
     """Latents beyond a region's edge that a pixel or latent inside of it can depend on, through `transform`."""
     reach, scale = 0.0, 1.0 if isinstance(transform, Analysis) else float(DOWNSAMPLING)  # in pixels
     for module in transform:

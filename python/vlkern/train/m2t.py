@@ -2,8 +2,6 @@
 
 import argparse
 
-import torch
-
 from vlkern import data
 from vlkern.errors import UserError
 from vlkern.models.elic import DOWNSAMPLING
@@ -57,11 +55,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     stored, settings = pictures.begin(args, ranks, "m2t", NAMES, PRESET, DEFAULTS)
     if settings["precision"] != "fp32":
         raise UserError(f"--precision {settings['precision']}: latents must not be rounded; expected fp32")
-    model = pictures.pretrained(settings, M2T)
-    if model is None:
-        config = pictures.config_of(settings, PRESETS)
-        torch.manual_seed(settings["seed"])
-        model = M2T(config)
+    model = pictures.model_of(settings, M2T, PRESETS)
     pairs = common.open_pairs(args, settings, _crop(settings, model), stored, captions=False)
     pictures.settle_length(args, settings, pairs, ranks)
     try:
