@@ -38,7 +38,6 @@ std::string encode(Format format, int64_t count, Source& source) {
   return with_coder(format.kind, [&]<class C>(C) {
     using State = typename C::State;
     using Word = typename C::Word;
-    constexpr int kMostWords = sizeof(State) == 4 && sizeof(Word) == 1 ? 2 : 1;  // of a symbol
     const int lanes = format.lanes, precision = format.precision;
     std::vector<State> states(lanes, C::kLeast);
     std::vector<Word> words;             // in reverse
@@ -54,7 +53,7 @@ std::string encode(Format format, int64_t count, Source& source) {
       for (int i = 0; i < n; i += kBlock)
         source.ranges(end + i, std::min(kBlock, n - i), &ranges[i], escapes);
       reversed.append(escapes.rbegin(), escapes.rend());
-      if (words.size() < used + kMostWords * n) words.resize(2 * words.size() + kMostWords * kChunk);
+      if (words.size() < used + C::kMostWords * n) words.resize(2 * words.size() + C::kMostWords * kChunk);
       Word* out = words.data() + used;
       for (int i = n; i-- > 0;) {
         lane = lane ? lane - 1 : lanes - 1;
@@ -104,7 +103,7 @@ Decoder::Decoder(Format format, const char* stream, int64_t bytes)
     if (bytes < int64_t(format.lanes * sizeof(State))) throw Damaged("the stream is shorter than its states");
     for (int lane = 0; lane < format.lanes; ++lane, in_ += sizeof(State)) {
       State x = load<State>(in_);
-      if (x < C::kLeast || (x >> C::kLow >> C::kWordBits) != 0) throw Damaged("a state is out of range");
+      if (!C::normal(x)) throw Damaged("a state is out of range");
       state_.push_back(x);
     }
   });

@@ -21,6 +21,8 @@
 // kBlock symbols at a time.
 #pragma once
 
+#include "rans_states.h"
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -35,28 +37,11 @@ struct Damaged : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Kind {
-  k64,
-  kByte,
-  kWord
-};  // a state and a word of 64 and 32, 32 and 8, 32 and 16 bits; L = 2^31, 2^23, 2^16
-
 // How a stream is written; both sides must agree. Throws std::invalid_argument.
 struct Format {
   Kind kind;
   int precision, lanes;
   void check() const;
-};
-
-struct Range {
-  uint32_t start, width;  // c and f
-};
-
-// A symbol that a decoder found.
-struct Found {
-  Range range;
-  int32_t symbol;
-  bool escaped;  // the symbol is among the escapes
 };
 
 constexpr int kBlock = 128;

@@ -1,4 +1,4 @@
-// How rans.h is done: kinds of coders, little-endian words, the loop of a decoder.
+// How rans.h is done: little-endian words, the loop of a decoder.
 #pragma once
 
 #include "rans.h"
@@ -33,26 +33,6 @@ void append(std::string& out, T value) {
   out.append(reinterpret_cast<const char*>(&value), sizeof value);
 }
 
-template <class StateT, class WordT, int kLowBits>
-struct Coder {
-  using State = StateT;
-  using Word = WordT;
-  static constexpr int kLow = kLowBits, kWordBits = 8 * sizeof(Word);
-  static constexpr State kLeast = State(1) << kLow;  // L
-};
-
-template <class F>
-auto with_coder(Kind kind, F f) {
-  switch (kind) {
-    case Kind::kByte:
-      return f(Coder<uint32_t, uint8_t, 23>());
-    case Kind::kWord:
-      return f(Coder<uint32_t, uint16_t, 16>());
-    default:
-      return f(Coder<uint64_t, uint32_t, 31>());
-  }
-}
-
 template <class Finder>
 void Decoder::get(int32_t* symbols, int64_t count, Finder& finder) {
   with_coder(format_.kind, [&]<class C>(C) { get_as<C>(symbols, count, finder); });
@@ -74,7 +54,7 @@ void Decoder::get_as(int32_t* symbols, int64_t count, Finder& finder) {
       State x = State(states[lane]);
       const uint32_t slot = uint32_t(x & mask);
       const Found found = finder.find(i, slot);
-      x = State(found.range.width) * (x >> precision) + (slot - found.range.start);
+      x = C::after(x, found.range, slot, precision);
       while (x < C::kLeast) {
         if (end_ - in < ptrdiff_t(sizeof(Word))) throw Damaged("the stream ends too early");
         x = (x << C::kWordBits) | load<Word>(in);

@@ -1,0 +1,55 @@
+// The states of rANS (host/rans.h has the idea) and their steps: what the coder of host/ and the decoder of
+// cuda/ share.
+#pragma once
+
+#include <cstdint>
+
+namespace vlkern::rans {
+
+enum class Kind {
+  k64,
+  kByte,
+  kWord
+};  // a state and a word of 64 and 32, 32 and 8, 32 and 16 bits; L = 2^31, 2^23, 2^16
+
+struct Range {
+  uint32_t start, width;  // c and f
+};
+
+// A symbol that a decoder found.
+struct Found {
+  Range range;
+  int32_t symbol;
+  bool escaped;  // the symbol is among the escapes
+};
+
+template <class StateT, class WordT, int kLowBits>
+struct Coder {
+  using State = StateT;
+  using Word = WordT;
+  static constexpr int kLow = kLowBits, kWordBits = 8 * sizeof(Word);
+  static constexpr State kLeast = State(1) << kLow;                                   // L
+  static constexpr int kMostWords = sizeof(State) == 4 && sizeof(Word) == 1 ? 2 : 1;  // of a symbol
+
+  // Whether x lies in [L, L b).
+  static constexpr bool normal(State x) { return x >= kLeast && (x >> kLow >> kWordBits) == 0; }
+
+  // The state after a symbol with this range, before words are read.
+  static constexpr State after(State x, Range range, uint32_t slot, int precision) {
+    return State(range.width) * (x >> precision) + (slot - range.start);
+  }
+};
+
+template <class F>
+auto with_coder(Kind kind, F f) {
+  switch (kind) {
+    case Kind::kByte:
+      return f(Coder<uint32_t, uint8_t, 23>());
+    case Kind::kWord:
+      return f(Coder<uint32_t, uint16_t, 16>());
+    default:
+      return f(Coder<uint64_t, uint32_t, 31>());
+  }
+}
+
+}  // namespace vlkern::rans
