@@ -26,12 +26,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _is_special(path: Path) -> bool:
+    """Whether it is there and neither a file nor a folder: a pipe, a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file at once: all of it is written under another name first.
+
+    A link stays one, to the new file. A pipe or a device such as /dev/null is written to.
 
     Raises:
         UserError: it cannot be written.
     """
+    try:
+        if _is_special(path):
+            path.write_bytes(content)
+        else:
+            _replace(Path(os.path.realpath(path)), content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with part.open("wb") as out:
@@ -39,11 +56,11 @@ def write_file(path: Path, content: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         part.replace(path)
-        sync(path.parent)
-    except OSError as error:
+    except BaseException:  # an interrupt, too
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({reason(error)})") from error
+        raise
+    sync(path.parent)
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -61,4 +78,8 @@ def check_file(option: str, path: Path) -> None:
     """See that a file can be written under this name. Raises UserError if not."""
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder, expected a file name")
-    check_folder(option, path.parent)
+    if _is_special(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{option} {path}: cannot write there (Permission denied)")
+    else:
+        check_folder(option, Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent)

@@ -1,7 +1,10 @@
 """compress, decompress and inspect as a user meets them."""
 
+import io
 import os
 import stat
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -170,6 +173,65 @@ def test_a_full_disk_leaves_what_was_there(folder, tmp_path, capfd, monkeypatch)
         "compress", folder / "picture.png", out, "--model", folder / "model",
     )  # fmt: skip
     assert out.read_bytes() == b"what was there" and os.listdir(tmp_path) == ["a.vlk"]
+
+
+def test_an_interrupted_write_leaves_what_was_there(folder, tmp_path, capfd, monkeypatch):
+    out = tmp_path / "a.vlk"
+    out.write_bytes(b"what was there")
+
+    def interrupt(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    said = call(capfd, "compress", folder / "picture.png", out, "--model", folder / "model")
+    assert said == (130, "", "vlkern: interrupted\n")
+    assert out.read_bytes() == b"what was there" and os.listdir(tmp_path) == ["a.vlk"]
+
+
+def test_links_stay_and_pipes_are_filled(folder, tmp_path, capfd):
+    """What is no file is not replaced by one: /dev/null least of all."""
+    (tmp_path / "there").mkdir()
+    link, pipe, model = tmp_path / "a.vlk", tmp_path / "pipe", ("--model", folder / "model")
+    link.symlink_to(tmp_path / "there" / "b.vlk")
+    assert call(capfd, "compress", folder / "picture.png", link, *model)[0] == 0
+    data = (tmp_path / "there" / "b.vlk").read_bytes()
+    assert link.is_symlink() and os.listdir(tmp_path / "there") == ["b.vlk"]
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    assert call(capfd, "compress", folder / "picture.png", pipe, *model)[0] == 0
+    reader.join(10)
+    assert read == [data] and pipe.is_fifo()
+
+
+class Streams:
+    """Standard input and output of a process in a pipe."""
+
+    def __init__(self, monkeypatch, data):
+        self.out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(self.out, write_through=True))
+
+
+def test_standard_streams(folder, capfd, monkeypatch):
+    model, file = ("--model", folder / "model"), (folder / "file.vlk").read_bytes()
+    with monkeypatch.context() as patched:
+        streams = Streams(patched, (folder / "picture.png").read_bytes())
+        code, _, err = call(capfd, "compress", "-", "-", "--quality", 3, *model)
+        made = streams.out.getvalue()
+    assert code == 0 and err.startswith("-: 150 x 70, ") and err.count("\n") == 1
+    assert made == codec.compress(picture(*SIZE), quality=3, codec=tiny())
+    with monkeypatch.context() as patched:
+        streams = Streams(patched, file)
+        assert call(capfd, "decompress", "-", "-", *model) == (0, "", "-: 150 x 70\n")
+        seen = Image.open(io.BytesIO(streams.out.getvalue()))
+    assert seen.format == "PNG" and np.array_equal(seen, codec.decompress(file, codec=tiny()))
+    with monkeypatch.context() as patched:
+        Streams(patched, b"nothing")
+        refused(capfd, "-: no picture of vlkern", "inspect", "-")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        refused(capfd, "OUT -: expected a pipe or a file", "compress", folder / "picture.png", "-", *model)
 
 
 def test_errors_of_inspect(folder, tmp_path, capfd):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlkern.codec import pictures
 from vlkern.codec.pictures import check_lossless, pack_picture, read_picture, to_pixels, to_rgb
 from vlkern.errors import UserError
 
@@ -84,6 +85,17 @@ def test_unreadable_files(tmp_path):
     half.write_bytes(whole.getvalue()[:4000])
     with pytest.raises(UserError, match=r"half\.png: is no readable picture"):
         read_picture(half)
+
+
+def test_the_largest_picture_is_ours_not_that_of_pillow(tmp_path, monkeypatch, recwarn):
+    path, usual = saved(tmp_path / "a.png", rgb(16, 16)), Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    assert read_picture(path).size == (16, 16) and not recwarn.list and Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", usual)
+    monkeypatch.setattr(pictures, "LARGEST", 255)
+    with pytest.raises(UserError, match=r"a\.png: a picture must have 1 to 255 pixels, got more"):
+        read_picture(path)
+    assert usual == Image.MAX_IMAGE_PIXELS
 
 
 def test_pictures_without_pixels():

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlkern._files import reason
+from vlkern._files import check_file, reason, write_file
 from vlkern.codec.codec import Codec, load
 from vlkern.errors import UserError
+
+#: As IN or FILE standard input, as OUT standard output.
+STREAM = Path("-")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -28,17 +31,38 @@ def codec_of(args: argparse.Namespace) -> Codec:
 
 
 def read_file(path: Path) -> bytes:
-    """What a file holds. Raises UserError if it cannot be read."""
+    """What a file, or standard input, holds. Raises UserError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return sys.stdin.buffer.read() if path == STREAM else path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
 
 
-def check_apart(source: Path, target: Path) -> None:
-    """Make sure that a result does not replace what it is made of. Raises UserError if it would."""
-    if target.exists() and os.path.samefile(source, target):
+def check_out(source: Path, target: Path) -> None:
+    """See that OUT can be written, and that it does not replace what it is made of. Raises UserError if not."""
+    if target == STREAM:
+        if sys.stdout.isatty():
+            raise UserError("OUT -: expected a pipe or a file behind `>`, got a terminal")
+        return
+    if target.is_file() and source != STREAM and os.path.samefile(source, target):
         raise UserError(f"{target}: expected another file than the one that is read")
+    check_file("OUT", target)
+
+
+def write_out(path: Path, content: bytes, line: str) -> None:
+    """Write a result, and say so in a line that does not get between its bytes. Raises UserError if it cannot be."""
+    if path != STREAM:
+        write_file(path, content)
+        print(f"{path}: {line}")
+        return
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"OUT -: cannot be written ({reason(error)})") from error
+    print(f"{path}: {line}", file=sys.stderr)
 
 
 @contextmanager

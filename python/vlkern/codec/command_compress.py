@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from vlkern._files import check_file, write_file
-from vlkern.codec.command import add_model, check_apart, codec_of, describe, progress
+from vlkern.codec.command import add_model, check_out, codec_of, describe, progress, read_file, write_out
 from vlkern.codec.compress import compress
 from vlkern.codec.format import EXACTNESS
-from vlkern.codec.pictures import read_picture
+from vlkern.codec.pictures import unpack_picture
 from vlkern.errors import UserError
 
 
@@ -20,8 +19,13 @@ def _whole(value: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vlkern compress`."""
-    parser.add_argument("picture", type=Path, metavar="IN", help="any picture that Pillow reads")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write, usually .vlk; it is replaced at once")
+    parser.add_argument("picture", type=Path, metavar="IN", help="any picture that Pillow reads; - is standard input")
+    parser.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="the file to write, usually .vlk; it is replaced at once; - is standard output",
+    )
     parser.add_argument(
         "--quality", type=_whole, metavar="Q", help="from 0, the smallest file, to 20, the best picture (10)"
     )
@@ -35,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compress. Raises UserError for everything that the user can mend."""
-    picture = read_picture(args.picture)
-    check_apart(args.picture, args.out)
-    check_file("OUT", args.out)
+    picture = unpack_picture(read_file(args.picture), str(args.picture))
+    check_out(args.picture, args.out)
     codec = codec_of(args)
     try:
         with progress("compressing") as show:
@@ -46,6 +49,5 @@ def run(args: argparse.Namespace) -> int:
         raise
     except ValueError as error:  # names the argument
         raise UserError(f"--{error}") from error
-    write_file(args.out, data)
-    print(f"{args.out}: {describe(picture.width, picture.height, len(data))}")
+    write_out(args.out, data, describe(picture.width, picture.height, len(data)))
     return 0

@@ -22,7 +22,7 @@ ROWS, BAR = 48, 40
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vlkern inspect`."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="of `vlkern compress`")
+    parser.add_argument("file", type=Path, metavar="FILE", help="of `vlkern compress`; - is standard input")
     parser.add_argument("--original", type=Path, metavar="PICTURE", help="measure the PSNR against it")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw where the bits went")
     add_model(parser)

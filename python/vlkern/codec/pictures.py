@@ -1,6 +1,9 @@
 """Picture files: whatever Pillow reads to RGB of 8 bits, or a reason why not; and files without loss."""
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlkern._files import reason
-from vlkern.codec.format import check_sides
+from vlkern.codec.format import LARGEST, check_sides
 from vlkern.errors import UserError
 
 #: Modes of Pillow with at most 8 bits a channel.
@@ -37,16 +40,36 @@ def read_picture(path: Path) -> Image.Image:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+    return unpack_picture(data, str(path))
+
+
+@contextmanager
+def _largest() -> Iterator[None]:
+    """Pillow warns of pictures above a number of pixels, and refuses those of twice as many: here those that we do."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = LARGEST // 2
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"a picture must have 1 to {LARGEST} pixels, got more") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def unpack_picture(data: bytes, name: str) -> Image.Image:
+    """The picture of a file with these contents; errors begin with `name`, otherwise as `read_picture`."""
+    try:
+        with _largest(), Image.open(io.BytesIO(data)) as opened:
             check_sides(*opened.size)
             return to_rgb(opened)
     except UnidentifiedImageError as error:  # Pillow's own message names an address in memory
-        raise UserError(f"{path}: is no picture that Pillow can read") from error
+        raise UserError(f"{name}: is no picture that Pillow can read") from error
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
-        raise UserError(f"{path}: is no readable picture ({error or type(error).__name__})") from error
+        raise UserError(f"{name}: is no readable picture ({error or type(error).__name__})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
