@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ COMMANDS = {
     "inspect": ("vlkern.codec.command_inspect", "say what such a file holds, and where its bits went"),
     "bench": ("vlkern.bench.cli", "compare every op with its rivals"),
 }
+
+
+#: What a print to a file on a full disk can end with.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,18 +86,29 @@ def _run(argv: Sequence[str] | None) -> int:
     return status
 
 
+def _mute() -> None:
+    """The interpreter's flush of standard output at exit must not complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit status; an error of the user's is one line on stderr and exit status 2."""
     from vlkern.errors import UserError
 
     try:
-        return _run(argv)
+        status = _run(argv)
+        sys.stdout.flush()  # here there is somebody to say that it failed
+        return status
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:
-        # The reader has gone (`vlkern info | head`); the interpreter's flush at exit must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()  # the reader has gone: `vlkern info | head`
         return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        _mute()
+        _fail(f"standard output: cannot be written ({error.strerror})")
     except KeyboardInterrupt:
         print("vlkern: interrupted", file=sys.stderr)
         return 130

@@ -234,6 +234,16 @@ def test_standard_streams(folder, capfd, monkeypatch):
         refused(capfd, "OUT -: expected a pipe or a file", "compress", folder / "picture.png", "-", *model)
 
 
+@pytest.mark.parametrize("buffering", [1, -1])
+@pytest.mark.parametrize("command", ["inspect", "compress"])
+def test_standard_output_on_a_full_disk(command, buffering, folder, tmp_path, capfd, monkeypatch):
+    """Whether the first line or the last flush fails."""
+    told = {"inspect": [folder / "file.vlk"], "compress": [folder / "picture.png", "-", "--model", folder / "model"]}
+    with open("/dev/full", "w", buffering) as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", full)
+        refused(capfd, "standard output: cannot be written (No space left on device)", command, *told[command])
+
+
 def test_errors_of_inspect(folder, tmp_path, capfd):
     file = folder / "file.vlk"
     small = tmp_path / "small.png"

@@ -77,6 +77,16 @@ def test_a_photograph_is_turned_upright():
     assert torch.equal(decode_image(out.getvalue(), (4, 6)), torch.from_numpy(upright).permute(2, 0, 1))
 
 
+def test_16_bits_of_grey():
+    """Their upper half, not white; what has more bits is refused, because nothing says what is white."""
+    values = np.random.default_rng(0).integers(0, 2**16, (5, 7), dtype=np.uint16)
+    assert decode_image(png(values), (5, 7)).tolist() == [(values >> 8).tolist()] * 3
+    out = io.BytesIO()
+    Image.fromarray(values.astype(np.float32)).save(out, "TIFF")
+    with pytest.raises(ValueError, match="expected channels of 8 or 16 bits, got mode F"):
+        decode_image(out.getvalue(), 8)
+
+
 def test_first_frame_of_a_moving_picture():
     out = io.BytesIO()
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]

@@ -50,18 +50,13 @@ def check_out(source: Path, target: Path) -> None:
 
 
 def write_out(path: Path, content: bytes, line: str) -> None:
-    """Write a result, and say so in a line that does not get between its bytes. Raises UserError if it cannot be."""
+    """Write a result, and say so in a line that does not get between its bytes. Raises UserError or OSError."""
     if path != STREAM:
         write_file(path, content)
         print(f"{path}: {line}")
         return
-    try:
-        sys.stdout.buffer.write(content)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"OUT -: cannot be written ({reason(error)})") from error
+    sys.stdout.buffer.write(content)
+    sys.stdout.flush()
     print(f"{path}: {line}", file=sys.stderr)
 
 

@@ -80,7 +80,15 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A copy in RGB; what is transparent lies on white."""
+    """A copy in RGB; what is transparent lies on white, and of 16 bits of grey the upper 8 are taken.
+
+    Raises:
+        ValueError: channels have more bits than that.
+    """
+    if image.mode.startswith("I;16"):  # Pillow would clip, so that nearly all became white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"expected channels of 8 or 16 bits, got mode {image.mode}")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
