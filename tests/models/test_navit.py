@@ -401,6 +401,7 @@ def test_an_image_beyond_the_table():
         (torch.zeros(3, 2, dtype=torch.long), [0, 3], r"ids must have shape \[3\], got \[3, 2\]"),
         (torch.zeros(3, dtype=torch.long), [0, 2], "number of tokens, 3, got 0 to 2"),
         (torch.zeros(9, dtype=torch.long), [0, 1, 9], "texts must have at most 7 tokens, got 8"),
+        (torch.full((3,), 50), [0, 3], "ids must be from 0 to 49, got 50"),
     ],
 )
 def test_bad_texts(ids, cu, message):

@@ -47,6 +47,10 @@ def test_bad_input():
         model.encode_image(torch.zeros(2, 3, h, w, dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"ids must be int32 or int64, got torch.float32"):
         model.encode_text(torch.zeros(2, length))
+    for wrong in (-1, model.config.text.vocabulary):
+        with pytest.raises(ValueError, match=f"ids must be from 0 to 2047, got {wrong}"):
+            model.encode_text(torch.full((2, length), wrong))
+    assert model.encode_text(torch.zeros(0, length, dtype=torch.int32)).shape == (0, 192)
 
 
 def test_unknown_preset():

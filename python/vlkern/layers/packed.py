@@ -6,6 +6,8 @@ special case cu_seqlens = [0, L, 2 L, ..., B L]. Everything is one call for all 
     T tokens of all sequences   S sequences   D width   K heads of C = D / K channels
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -81,6 +83,46 @@ class Attention(nn.Module):
     def forward(self, x_TD: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
         """[T, D] with start and stop [T] int32 -> [T, D]. A token that sees nothing gets the bias of out_proj."""
         return self.out_proj(ops.interval_attention(*self.project(x_TD), start, stop).flatten(1))
+
+
+class Block(nn.Module):
+    """x += Attention(LN(x));  x += MLP(LN(x)).
+
+    Args:
+        attention: takes [T, D], start and stop [T] int32, such as `Attention`.
+        width: D.
+        hidden: units of the MLP.
+        bias: of the two LayerNorms.
+
+    Example:
+        >>> block = vlkern.layers.packed.Block(vlkern.layers.packed.Attention(64, heads=4), 64, hidden=128)
+    """
+
+    def __init__(self, attention: nn.Module, width: int, hidden: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6, bias=bias)
+        self.self_attn = attention
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6, bias=bias)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(self, x_TD: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        """[T, D] with start and stop [T] int32 -> [T, D]."""
+        x_TD = x_TD + self.self_attn(self.layer_norm1(x_TD), start, stop)
+        return x_TD + self.mlp(self.layer_norm2(x_TD))
+
+
+class Encoder(nn.Module):
+    """Blocks one after the other; what follows the last one belongs to the model."""
+
+    def __init__(self, layers: Iterable[Block]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x_TD: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        """[T, D] with start and stop [T] int32 -> [T, D]."""
+        for layer in self.layers:
+            x_TD = layer(x_TD, start, stop)
+        return x_TD
 
 
 class MapPooling(nn.Module):

@@ -26,8 +26,7 @@ from torch import nn
 from vlkern import _checks
 from vlkern.layers.init import lecun_normal_, shapes_only
 from vlkern.layers.linear import Linear
-from vlkern.layers.mlp import Mlp
-from vlkern.layers.packed import Attention, MapPooling, check_heads
+from vlkern.layers.packed import Attention, Block, Encoder, MapPooling, check_heads
 from vlkern.layers.patches import Places, check_shapes, pack_pictures, places, resize_within
 from vlkern.models import resize
 from vlkern.models.siglip import SIZES, Siglip, TextConfig, TextTower, TowerConfig, TwoTowers, unit
@@ -77,36 +76,6 @@ PRESETS = {
 }
 
 
-class Block(nn.Module):
-    """x += Attention(LN(x));  x += MLP(LN(x)), on packed tokens."""
-
-    def __init__(self, c: TowerConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(c.width, eps=1e-6)
-        self.self_attn = Attention(c.width, c.heads)
-        self.layer_norm2 = nn.LayerNorm(c.width, eps=1e-6)
-        self.mlp = Mlp(c.width, c.mlp)
-
-    def forward(self, x_TD: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-        """[T, D] and the intervals [T] int32 -> [T, D]."""
-        x_TD = x_TD + self.self_attn(self.layer_norm1(x_TD), start, stop)
-        return x_TD + self.mlp(self.layer_norm2(x_TD))
-
-
-class Encoder(nn.Module):
-    """A stack of blocks; the final LN belongs to the tower."""
-
-    def __init__(self, c: TowerConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.depth))
-
-    def forward(self, x_TD: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-        """[T, D] and the intervals [T] int32 -> [T, D]."""
-        for layer in self.layers:
-            x_TD = layer(x_TD, start, stop)
-        return x_TD
-
-
 class NaflexEmbeddings(nn.Module):
     """One linear map of all patches, plus the positions of each picture's grid."""
 
@@ -138,7 +107,7 @@ class NaflexVisionTower(nn.Module):
         super().__init__()
         self.config = c
         self.embeddings = NaflexEmbeddings(c)
-        self.encoder = Encoder(c)
+        self.encoder = Encoder(Block(Attention(c.width, c.heads), c.width, c.mlp) for _ in range(c.depth))
         self.post_layernorm = nn.LayerNorm(c.width, eps=1e-6)
         self.head = MapPooling(c.width, c.mlp, c.heads)
 

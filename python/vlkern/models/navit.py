@@ -26,8 +26,7 @@ from torch import nn
 from vlkern import _checks, masks, ops
 from vlkern.layers.init import dense_
 from vlkern.layers.linear import Linear
-from vlkern.layers.mlp import Mlp
-from vlkern.layers.packed import MapPooling, check_cu_seqlens, check_heads
+from vlkern.layers.packed import Block, Encoder, MapPooling, check_cu_seqlens, check_heads
 from vlkern.layers.positions import COORDINATES, FAMILIES, Positions
 from vlkern.models import siglip
 
@@ -81,11 +80,8 @@ class VisionConfig(TowerConfig):
 
 
 @dataclass(frozen=True)
-class TextConfig(TowerConfig):
+class TextConfig(TowerConfig, siglip.TextConfig):
     """The text tower: at most `length` tokens out of `vocabulary`."""
-
-    vocabulary: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -151,35 +147,8 @@ class Attention(nn.Module):
         return self.out_proj(ops.interval_attention(q.to(v.dtype), k.to(v.dtype), v, start, stop).flatten(1))
 
 
-class Block(nn.Module):
-    """x += Attention(LN(x));  x += MLP(LN(x))."""
-
-    def __init__(self, c: TowerConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = _norm(c.width)
-        self.self_attn = Attention(c)
-        self.layer_norm2 = _norm(c.width)
-        self.mlp = Mlp(c.width, c.mlp)
-
-    def forward(self, x_TD: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, D]."""
-        x_TD = x_TD + self.self_attn(self.layer_norm1(x_TD), start, stop)
-        return x_TD + self.mlp(self.layer_norm2(x_TD))
-
-
-class Encoder(nn.Module):
-    """A stack of blocks over packed sequences; the final LN belongs to the tower."""
-
-    def __init__(self, c: TowerConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.depth))
-
-    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        """[T, D] and cu_seqlens [n + 1] int32 -> [T, D]."""
-        start, stop = masks.documents(cu_seqlens).bounds(len(x_TD))
-        for layer in self.layers:
-            x_TD = layer(x_TD, start, stop)
-        return x_TD
+def _encoder(c: TowerConfig) -> Encoder:
+    return Encoder(Block(Attention(c), c.width, c.mlp, bias=False) for _ in range(c.depth))
 
 
 class VisionEmbeddings(nn.Module):
@@ -206,7 +175,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = c
         self.embeddings = VisionEmbeddings(c)
-        self.encoder = Encoder(c)
+        self.encoder = _encoder(c)
         self.post_layernorm = _norm(c.width)
         self.head = MapPooling(c.width, c.mlp, c.heads)
 
@@ -216,7 +185,7 @@ class VisionTower(nn.Module):
         """As `Navit.encode_image` -> [T, D], after the final LN."""
         _check_images(self.config, patches, cu_seqlens, yx, hw)
         x_TD = self.embeddings(patches, cu_seqlens, yx, hw)
-        return self.post_layernorm(self.encoder(x_TD, cu_seqlens))
+        return self.post_layernorm(self.encoder(x_TD, *masks.documents(cu_seqlens).bounds(len(x_TD))))
 
     def forward(
         self, patches: torch.Tensor, cu_seqlens: torch.Tensor, yx: torch.Tensor, hw: torch.Tensor
@@ -249,7 +218,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = c
         self.embeddings = TextEmbeddings(c)
-        self.encoder = Encoder(c)
+        self.encoder = _encoder(c)
         self.final_layer_norm = _norm(c.width)
         self.pooling = MapPooling(c.width, c.mlp, c.heads)
         self.head = dense_(Linear(c.width, out), lecun=True)
@@ -257,7 +226,8 @@ class TextTower(nn.Module):
     def tokens(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """As `Navit.encode_text` -> [T, D], after the final LN."""
         _check_texts(self.config, ids, cu_seqlens)
-        return self.final_layer_norm(self.encoder(self.embeddings(ids, cu_seqlens), cu_seqlens))
+        bounds = masks.documents(cu_seqlens).bounds(len(ids))
+        return self.final_layer_norm(self.encoder(self.embeddings(ids, cu_seqlens), *bounds))
 
     def forward(self, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """As `Navit.encode_text` -> [n, E], not normalised."""
@@ -311,7 +281,8 @@ class Navit(nn.Module):
 
         Raises:
             TypeError: an argument is no tensor, or of another dtype.
-            ValueError: shapes do not fit, cu_seqlens does not go from 0 to T, there is no text, or one is too long.
+            ValueError: shapes do not fit, cu_seqlens does not go from 0 to T, there is no text, one is too long, or an
+                id is not in the vocabulary (looked at where that costs no wait for a GPU).
         """
         return siglip.unit(self.text_model(ids, cu_seqlens))
 
@@ -430,7 +401,8 @@ def _check_images(
 
 
 def _check_texts(c: TextConfig, ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    _integers("ids", ids, (len(ids),) if ids.dim() else (0,))
+    siglip.check_ids(ids, c.vocabulary)
+    _checks.shape("ids", ids, (len(ids),) if ids.dim() else (0,))
     check_cu_seqlens(cu_seqlens, len(ids), empty=True)
     _checks.on_device("cu_seqlens", cu_seqlens, "ids", ids)
     if _checks.values_may_be_read(cu_seqlens) and (longest := int(cu_seqlens.diff().max())) > c.length:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlkern import _checks
 from vlkern.layers.attention import SelfAttention
 from vlkern.layers.init import dense_, lecun_normal_, shapes_only
 from vlkern.layers.linear import Linear
@@ -233,6 +234,21 @@ class VisionTower(VisionEncoder):
         return self.head(self.tokens(pixels_B3HW))
 
 
+def check_ids(ids: torch.Tensor, vocabulary: int) -> None:
+    """Token ids, int32 or int64, from 0 to `vocabulary` - 1; values are looked at where that costs no wait for a GPU.
+
+    Raises:
+        TypeError: no tensor, or no integers.
+        ValueError: an id is not in the vocabulary, as when a tokenizer belongs to another model.
+    """
+    if _checks.tensor("ids", ids).dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids must be int32 or int64, got {ids.dtype}")
+    if _checks.values_may_be_read(ids) and ids.numel():
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"ids must be from 0 to {vocabulary - 1}, got {low if low < 0 else high}")
+
+
 class TextTower(nn.Module):
     """Token ids to pooled vectors: the last position, whatever token stands there, speaks for the text.
 
@@ -249,10 +265,9 @@ class TextTower(nn.Module):
 
     def tokens(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """[B, L] int32 or int64 -> [B, L, D], after the final LN."""
+        check_ids(ids_BL, self.config.vocabulary)
         if ids_BL.dim() != 2 or ids_BL.shape[1] != self.config.length:
             raise ValueError(f"ids must have shape [B, {self.config.length}], got {list(ids_BL.shape)}")
-        if ids_BL.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"ids must be int32 or int64, got {ids_BL.dtype}")
         return self.final_layer_norm(self.encoder(self.embeddings(ids_BL)))
 
     def forward(self, ids_BL: torch.Tensor) -> torch.Tensor:
@@ -274,7 +289,12 @@ class TwoTowers(nn.Module):
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, L] (int32 or int64) -> embeddings [B, E] of length 1, at least float32."""
+        """Token ids [B, L] (int32 or int64) -> embeddings [B, E] of length 1, at least float32.
+
+        Raises:
+            TypeError: the ids are no integers.
+            ValueError: another shape, or an id is not in the vocabulary (looked at where that costs no wait for a GPU).
+        """
         return unit(self.text_model(ids))
 
 
