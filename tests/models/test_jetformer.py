@@ -196,7 +196,11 @@ def test_presets():
     assert {name for name in PRESETS if "text256" in name} == {
         f"jetformer-{s}-text256" for s in ("350m", "750m", "1.3b")
     }
-    assert {PRESETS[name].image_size for name in PRESETS if "tiny" in name} == {32}
+    assert {name: PRESETS[name].image_size for name in PRESETS if "tiny" in name} == {
+        "jetformer-tiny": 32,
+        "jetformer-tiny-classes": 32,
+        "jetformer-tiny-64": 64,
+    }
 
 
 def test_fitted_components():
@@ -246,6 +250,8 @@ def test_bad_input():
         model(pixels, ids[:2])
     with pytest.raises(ValueError, match=r"lengths must have shape \[3\], got \[2\]"):
         model(pixels, ids, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"ids must be \[B, L\] with B > 0, got \[0, 4\]"):
+        sampling.sample(model, ids[:0])
     for run in (lambda n: model(pixels, ids, n), lambda n: sampling.sample(model, ids, n)):
         with pytest.raises(ValueError, match="lengths must be from 1 to 4, got 5"):
             run(torch.tensor([1, 5, 2]))

@@ -87,6 +87,8 @@ def sample_tokens(
     c = model.config
     if not _checks.number("guidance", guidance) >= 0:
         raise ValueError(f"guidance must be at least 0, got {guidance}")
+    if not len(_checks.tensor("ids", ids)):
+        raise ValueError(f"ids must be [B, L] with B > 0, got {list(ids.shape)}")
     options: dict[str, Any] = {
         "dims": c.modelled, "temperature": temperature, "mixture_temperature": mixture_temperature,
         "generator": generator,

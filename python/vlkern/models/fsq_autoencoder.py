@@ -70,10 +70,11 @@ class FsqConfig:
         return math.prod(self.grid)
 
 
-#: The tokenizers of the paper (section 5.2; the other numbers of codes are those of its table 1), and one that trains
+#: The tokenizers of the paper (section 5.2; the other numbers of codes are those of its table 1), and two that train
 #: on two cores.
 PRESETS = {
     "fsq-tiny": FsqConfig((8, 6, 5), 32, 64, ConvConfig(filters=16, multipliers=(1, 2, 4), blocks=1, groups=8)),
+    "fsq-tiny-64": FsqConfig((8, 5, 5, 5), 64, 64, ConvConfig(16, multipliers=(1, 2, 4, 4), blocks=1, groups=8)),
     "fsq-maskgit-128": FsqConfig((8, 5, 5, 5), 128),
     "fsq-maskgit-256": FsqConfig((8, 5, 5, 5), 256),
 }

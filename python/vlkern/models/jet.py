@@ -126,6 +126,7 @@ class JetConfig:
 #: The flows of the paper for ImageNet at 64 px, and one for two cores.
 PRESETS = {
     "jet-tiny": JetConfig(32, 8, depth=16, block_depth=1, width=128, heads=4, basis="cosines", max_scale=4.0),
+    "jet-tiny-64": JetConfig(64, 8, depth=16, block_depth=1, width=128, heads=4, basis="cosines", max_scale=4.0),
     "jet-imagenet64-32x2": JetConfig(64, 4, depth=32, block_depth=2),
     "jet-imagenet64-64x5": JetConfig(64, 4, depth=64, block_depth=5),
 }

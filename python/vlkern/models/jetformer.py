@@ -156,9 +156,15 @@ _TINY = JetFormerConfig(
     4, 16, 32, width=128, depth=4, heads=4, head_dim=32, mlp=512, vocabulary=1024 + SPECIAL, text_length=12,
     pca=PatchPcaConfig((4, 4), 48, noise_std=0.0),
 )  # fmt: skip
-#: The models of the paper at 256 px: for ImageNet's classes, and for texts; and for captions or classes of 32 px.
+# Of 64 px: as many tokens, of patches four times as large.
+_TINY_64 = replace(
+    _TINY, flow=replace(_TINY.flow, channels=192, width=96), patch=8, modelled=32,
+    pca=PatchPcaConfig((8, 8), 192, noise_std=0.0),
+)  # fmt: skip
+#: The models of the paper at 256 px, for ImageNet's classes and for texts; small ones for captions or classes.
 PRESETS = {
     "jetformer-tiny": _TINY,
+    "jetformer-tiny-64": _TINY_64,
     "jetformer-tiny-classes": replace(_TINY, text_length=1, repeats=4, vocabulary=64 + SPECIAL, tied=True),
     **{
         f"jetformer-{size}{suffix}": _paper(depth, width, block_depth, classes)

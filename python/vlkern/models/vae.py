@@ -75,9 +75,10 @@ class VaeConfig:
         return self.channels * math.prod(self.shuffle)
 
 
-#: The autoencoders of the paper, and one that trains on two cores.
+#: The autoencoders of the paper, and two that train on two cores.
 PRESETS = {
     "vae-tiny": VaeConfig(4, 32, network=ConvConfig(filters=16, multipliers=(1, 2, 4), blocks=1, groups=8)),
+    "vae-tiny-64": VaeConfig(8, 64, network=ConvConfig(filters=16, multipliers=(1, 2, 4, 4), blocks=1, groups=8)),
     "givt-vae-256": VaeConfig(16, 256),
     "givt-vae-512": VaeConfig(16, 512),
     "givt-vae-512-shuffled": VaeConfig(16, 512, shuffle=(1, 2)),
