@@ -263,3 +263,5 @@ def test_no_example():
     net, none = model(), torch.zeros(0, dtype=torch.int64)
     assert net.nll(torch.zeros(0, 9, 4), none).shape == (0, 9)
     assert causal.sample(net, none).shape == (0, 9, 4)
+    with pytest.raises(ValueError, match="tokens must hold an example at least"):
+        net.loss(torch.zeros(0, 9, 4), none)

@@ -225,6 +225,7 @@ def test_bad_input(model):
         (ValueError, r"labels must have shape \[3\], got \[2\]", lambda: model(ids, labels[1:])),
         (ValueError, r"labels must be in \[0, 5\), got 5", lambda: model(ids, labels * 0 + 5)),
         (ValueError, r"places must be in \[0, 9\), got 9", lambda: model(ids, labels, ids * 0 + 9)),
+        (ValueError, "ids must hold a picture at least", lambda: model.loss(ids[:0], labels[:0], ids[:0] > 0)),
         (ValueError, "heads must share the width", lambda: replace(CONFIG, heads=2)),
         (ValueError, "codes must be a positive integer, got 0", lambda: replace(CONFIG, codes=0)),
         (ValueError, "steps must be a positive integer, got 0", lambda: Sampler(steps=0)),

@@ -367,8 +367,10 @@ class Givt(nn.Module):
             [] float32.
 
         Raises:
-            TypeError, ValueError: as `hidden`.
+            TypeError, ValueError: as `hidden`; there is no example.
         """
+        if not len(tokens):
+            raise ValueError("tokens must hold an example at least: the mean over none is not defined")
         nll_BL = self.nll(tokens, labels, mask=mask, **more)
         if self.config.layout == "per_channel":
             nll_BL = nll_BL / self.config.channels

@@ -209,8 +209,10 @@ class MaskGit(nn.Module):
             [] float32 (float64 for float64).
 
         Raises:
-            TypeError, ValueError: as `features`; `masked` is not bool of ids' shape.
+            TypeError, ValueError: as `features`; `masked` is not bool of ids' shape; there is no picture.
         """
+        if not len(ids):
+            raise ValueError("ids must hold a picture at least: the mean over none is not defined")
         _checks.shape("masked", _checks.tensor("masked", masked), tuple(ids.shape))
         if masked.dtype != torch.bool:
             raise TypeError(f"masked must be bool, got {masked.dtype}")
