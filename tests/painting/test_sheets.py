@@ -10,6 +10,8 @@ from PIL import Image
 from vlkern import models
 from vlkern.cli import main
 from vlkern.errors import UserError
+from vlkern.models.elic import ElicConfig
+from vlkern.models.m2t import M2T, M2TConfig
 from vlkern.painting import Measures, Options, lossless, painter_of
 from vlkern.painting.page import curve, page
 from vlkern.painting.sheet import GAP, SIDE, png, sheet, to_bytes
@@ -98,5 +100,11 @@ def test_the_commands_refuse_what_does_not_fit(tmp_path, fails):
     models.save_pretrained(models.create("gemma3-tiny"), text)
     said = fails("generate", "--model", text, "--prompt", "a", "--tokenizer", "bytes", "--out", "a.png")
     assert "--out: only for models that make pictures" in said
+    coder = tmp_path / "coder"  # has a configuration of its own, without a size of pictures
+    network = ElicConfig((8, 12, 16), (1, 1, 1), attention=False)
+    models.save_pretrained(M2T(M2TConfig(channels=8, width=16, depth=1, heads=1, mlp=16, tile=6, steps=4,
+                                         lambdas=(0.01, 0.02), transforms=network)), coder)  # fmt: skip
+    said = fails("generate", "--model", coder, "--out", tmp_path / "a.png")
+    assert "--model: expected a model that makes pictures" in said and "got M2T" in said
     said = fails("eval", "pictures", "--model", text, "--data", tmp_path)
     assert "expected a model that makes pictures" in said

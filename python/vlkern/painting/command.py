@@ -88,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
         model: Any = models.load_pretrained(args.model, dtype=torch.float32)
     except ValueError as error:
         raise UserError(f"--model: {error}") from error
+    try:
+        painter = painter_of(model)
+    except UserError as error:
+        raise UserError(f"--model: {error}") from error
     model = model.to(device_of(args.device)).eval()
     generator = torch.Generator()
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     start = time.perf_counter()
     with torch.inference_mode():
-        pictures = painter_of(model).paint(model, args.model, options)
+        pictures = painter.paint(model, args.model, options)
     seconds = time.perf_counter() - start
     write_file(args.out, png(pictures))
     say("wrote", f"{args.out}: {len(pictures)} pictures in {seconds:.2f} s")
