@@ -40,7 +40,7 @@ def test_the_published_numbers(name, path):
 
 
 def test_the_golden_cases_are_there():
-    assert len(GOLDEN) == 4
+    assert len(GOLDEN) == 7
 
 
 @every_backend
