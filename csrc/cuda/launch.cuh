@@ -19,6 +19,8 @@ inline void check(cudaError_t status) {
 // nothing waits.
 class Stream {
  public:
+  static constexpr int kFreelyShared = 48 << 10;  // bytes; a kernel must ask for more
+
   explicit Stream(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -28,19 +30,32 @@ class Stream {
   // An empty grid is no work, not an error.
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments... arguments) const {
+    launch_with(0, kernel, grid, block, arguments...);
+  }
+
+  // With so many bytes of dynamic shared memory a block.
+  template <class... Parameters, class... Arguments>
+  void launch_with(int shared, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   Arguments... arguments) const {
     if (grid.x == 0 || grid.y == 0) return;
+    if (shared > kFreelyShared)
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
+    config.dynamicSmemBytes = size_t(shared);
     config.stream = stream_;
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device_));
+    return value;
   }
+
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
 
   // Kernels get raw pointers: a tensor from elsewhere would be read at an address that means nothing on this
   // device.

@@ -81,7 +81,7 @@ def _bind(
         raise ValueError("k must have at least one slot, got 0")
     if k.shape[2] == 0 or heads == 0 or heads % k.shape[2]:
         raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {heads}")
-    _checks.shape("v", v, (*k.shape[:3], v.shape[3]))
+    _checks.shape("v", v, (batch, k.shape[1], k.shape[2], v.shape[3]))
     if v.dtype != k.dtype:
         raise TypeError(f"v must have the dtype of k, {k.dtype}, got {v.dtype}")
     if length.dtype != torch.int32:
@@ -107,7 +107,7 @@ _op = Op(
         " int? window, float scale, float? softcap) -> Tensor",
     },
     reference=reference,
-    backends=("cpu", "triton"),
+    backends=("cpu", "cuda", "triton"),
     bind=_bind,
     work=samples.work,
     differentiable=False,

@@ -28,7 +28,12 @@ struct alignas(16) uint4 {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -42,13 +47,16 @@ inline const char* cudaGetErrorString(cudaError_t) {
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 3;  // few, so that persistent blocks take several rows
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? 3  // few, so that persistent blocks take several rows
+           : which == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? 100 << 10
+                                                                  : 99 << 10;
   return cudaSuccess;
 }
 
 namespace emulator {
-void run(dim3 grid, dim3 block, const std::function<void()>& thread);
+inline size_t shared_bytes = 48 << 10;  // that the next launch may ask for
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
 void block_barrier();
 void warp_barrier();
 char* lane_slot(int lane);  // 8 bytes a lane of the current warp
@@ -57,6 +65,16 @@ int lane();
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+#include "asynchronous.h"
+
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  emulator::shared_bytes = size_t(bytes);
+  return cudaSuccess;
+}
+
+[[noreturn]] inline void __trap() {
+  std::abort();
+}
 inline void __syncthreads() {
   emulator::block_barrier();
 }
@@ -75,12 +93,30 @@ T __shfl_xor_sync(unsigned mask, T value, int across) {
   return __shfl_sync(mask, value, emulator::lane() ^ across);
 }
 
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  if (mask != 0xffffffffu) std::abort();
+  *emulator::lane_slot(emulator::lane()) = vote;
+  emulator::warp_barrier();
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= unsigned(*emulator::lane_slot(lane)) << lane;
+  emulator::warp_barrier();
+  return votes;
+}
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
+}
+
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
   dim3 grid = config->gridDim, block = config->blockDim;
-  if (block.x * block.y * block.z > 1024 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+  if (block.x * block.y * block.z > 1024 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+      config->dynamicSmemBytes > emulator::shared_bytes || config->dynamicSmemBytes > 99 << 10)
     return cudaErrorInvalidConfiguration;
-  emulator::run(grid, block, [&] { kernel(arguments...); });
+  emulator::run(grid, block, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  emulator::shared_bytes = 48 << 10;
   return cudaSuccess;
 }

@@ -4,6 +4,7 @@
 
 #include "cuda/blas.cuh"
 
+#include <deque>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -22,12 +23,28 @@ struct Fiber {
 };
 
 std::vector<Fiber> fibers(1024);
-std::vector<Barrier> warps(32);
+std::vector<Barrier> warps(32), named(16);
 Barrier whole;
 char slots[32][32][8];
 ucontext_t scheduler;
 const std::function<void()>* body;
 int current, count, steps;  // steps: arrivals at barriers and returns from the kernel
+
+// Copies and arrivals that wait for them, in the order in which they were asked for.
+struct Pending {
+  void* to;
+  const void* from;  // null: zeros
+  int bytes;
+  uint64_t* gate;  // or an arrival there
+};
+std::deque<Pending> pending;
+alignas(128) char shared[99 << 10];
+Words brought[32], taken[32];
+
+struct Gate {
+  uint16_t count, left;
+  uint32_t phase;
+};
 
 void start() {
   (*body)();
@@ -45,6 +62,25 @@ void wait(Barrier& barrier, int members) {
   while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
 }
 
+// What has been put off, up to the end of a gate's phase. False: there was nothing.
+bool catch_up() {
+  if (pending.empty()) return false;
+  for (bool over = false; !over && !pending.empty();) {
+    const Pending p = pending.front();
+    pending.pop_front();
+    if (p.gate) {
+      const uint32_t before = std::bit_cast<Gate>(*p.gate).phase;
+      gate_arrive(p.gate);
+      over = std::bit_cast<Gate>(*p.gate).phase != before;
+    } else if (p.from) {
+      std::memcpy(p.to, p.from, p.bytes);
+    } else {
+      std::memset(p.to, 0, p.bytes);
+    }
+  }
+  return true;
+}
+
 void prepare(Fiber& fiber) {
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -56,7 +92,7 @@ void prepare(Fiber& fiber) {
 
 void run_block() {
   for (int t = 0; t < count; ++t) prepare(fibers[t]);
-  for (int before = -1; before != steps;) {
+  for (int before = -1; before != steps || catch_up();) {
     before = steps;
     for (current = 0; current < count; ++current) {
       if (!fibers[current].running) continue;
@@ -74,14 +110,58 @@ void run_block() {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+// Every second launch takes the blocks from the last to the first: their order must not matter.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+  static bool backwards = true;
+  backwards = !backwards;
   gridDim = grid, blockDim = block, body = &thread;
   count = int(block.x * block.y), steps = 0;
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, y);
-      run_block();
-    }
+  for (unsigned i = 0; i < grid.x * grid.y; ++i) {
+    const unsigned at = backwards ? grid.x * grid.y - 1 - i : i;
+    blockIdx = dim3(at % grid.x, at / grid.x);
+    std::memset(shared, 0xff, shared_bytes);
+    run_block();
+  }
+}
+
+char* dynamic_shared() {
+  return shared;
+}
+
+void copy_later(void* to, const void* from, int bytes, bool real) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes || to < shared ||
+      static_cast<char*>(to) + bytes > shared + sizeof shared) {
+    std::fprintf(stderr, "a copy of %d bytes from %p to %p\n", bytes, from, to);
+    std::abort();
+  }
+  pending.push_back({to, real ? from : nullptr, bytes, nullptr});
+}
+
+void gate_init(uint64_t* state, unsigned members) {
+  *state = std::bit_cast<uint64_t>(Gate{uint16_t(members), uint16_t(members), 0});
+}
+void gate_arrive(uint64_t* state) {
+  auto gate = std::bit_cast<Gate>(*state);
+  ++steps;
+  if (--gate.left == 0) gate.left = gate.count, ++gate.phase;
+  *state = std::bit_cast<uint64_t>(gate);
+}
+void gate_arrive_after_copies(uint64_t* state) {
+  pending.push_back({nullptr, nullptr, 0, state});
+}
+void gate_wait(const uint64_t* state, unsigned parity) {
+  while (std::bit_cast<Gate>(*state).phase % 2 == parity) swapcontext(&fibers[current].context, &scheduler);
+}
+void named_barrier(int id, int threads) {
+  wait(named[id], threads);
+}
+
+void together(uint32_t (&words)[kWords], void (*step)(const Words& in, Words& out)) {
+  const int warp = current / kLanes;
+  std::memcpy(brought[warp][lane()], words, sizeof words);
+  if (warps[warp].arrived + 1 == kLanes) step(brought[warp], taken[warp]);
+  warp_barrier();
+  std::memcpy(words, taken[warp][lane()], sizeof words);
 }
 
 int lane() {
