@@ -40,6 +40,23 @@ struct Coder {
   }
 };
 
+enum class Escape { kWhole, kCut, kLarge };
+
+// A symbol among the escapes, zigzag and seven bits a byte, the lowest last: read from `end` backwards, where
+// `end` moves, and not beyond `begin`.
+constexpr Escape read_escape(const char* begin, const char*& end, int32_t& symbol) {
+  uint32_t value = 0;
+  for (int shift = 0;; shift += 7) {
+    if (begin == end) return Escape::kCut;
+    const uint32_t byte = uint8_t(*--end);
+    if (shift == 28 && byte > 15) return Escape::kLarge;
+    value |= (byte & 127) << shift;
+    if (byte >= 128) continue;
+    symbol = int32_t(value >> 1) ^ -int32_t(value & 1);
+    return Escape::kWhole;
+  }
+}
+
 template <class F>
 auto with_coder(Kind kind, F f) {
   switch (kind) {

@@ -110,14 +110,11 @@ Decoder::Decoder(Format format, const char* stream, int64_t bytes)
 }
 
 int32_t Decoder::escaped() {
-  uint32_t value = 0;
-  for (int shift = 0;; shift += 7) {
-    if (in_ == end_) throw Damaged("the stream ends too early");
-    uint32_t byte = uint8_t(*--end_);
-    if (shift == 28 && byte > 15) throw Damaged("an escaped symbol is too large");
-    value |= (byte & 127) << shift;
-    if (byte < 128) return int32_t(value >> 1) ^ -int32_t(value & 1);
-  }
+  int32_t symbol = 0;
+  const Escape read = read_escape(in_, end_, symbol);
+  if (read == Escape::kCut) throw Damaged("the stream ends too early");
+  if (read == Escape::kLarge) throw Damaged("an escaped symbol is too large");
+  return symbol;
 }
 
 void Decoder::finish() const {

@@ -47,12 +47,19 @@ class Row:
 def readable(symbols: list[str]) -> list[str]:
     """`forward_cached<BFloat16, 4>` from a mangled name, without namespaces and arguments."""
     out = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
-    names = [re.sub(r"[\w:]*::|^void ", "", line.split("(anonymous namespace)::", 1)[1]) for line in out.splitlines()]
-    return [name.split("(", 1)[0] for name in names]
+    hidden = "(anonymous namespace)::"
+    names = [line.split(hidden, 1)[1].replace(hidden, "").split("(", 1)[0] for line in out.splitlines()]
+    return [re.sub(r"[\w:]*::|^void ", "", name) for name in names]
 
 
-def compile_room(source: Path, archs: tuple[str, ...]) -> list[Row]:
-    """Compiles one cuda.cu; raises RuntimeError with the compiler's words when that fails."""
+def sources() -> dict[str, Path]:
+    """The files of kernels: those of the rooms by room, others by their own name."""
+    rooms, others = ROOT.glob("kernels/*/cuda.cu"), ROOT.glob("csrc/cuda/*.cu")
+    return {path.parent.name: path for path in rooms} | {path.stem: path for path in others}
+
+
+def compile_file(name: str, source: Path, archs: tuple[str, ...]) -> list[Row]:
+    """Compiles one file; raises RuntimeError with the compiler's words when that fails."""
     chips = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     with TemporaryDirectory() as folder:
         command = ["nvcc", *FLAGS, *chips, "-o", f"{folder}/kernels.fatbin", str(source)]
@@ -61,11 +68,11 @@ def compile_room(source: Path, archs: tuple[str, ...]) -> list[Row]:
         raise RuntimeError(f"nvcc failed on {source.relative_to(ROOT)}:\n{done.stdout}{done.stderr}")
     found = list(REPORT.finditer(done.stdout + done.stderr))
     rows = []
-    for match, name in zip(found, readable([m["symbol"] for m in found]), strict=True):
+    for match, kernel in zip(found, readable([m["symbol"] for m in found]), strict=True):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         rows.append(
             Row(
-                kernel=f"{source.parent.name}/{name}",
+                kernel=f"{name}/{kernel}",
                 arch=match["arch"],
                 registers=int(match["registers"]),
                 spill_bytes=int(match["stores"]) + int(match["loads"]),
@@ -77,10 +84,10 @@ def compile_room(source: Path, archs: tuple[str, ...]) -> list[Row]:
 
 
 def compile_all(archs: tuple[str, ...] = ARCHS) -> list[Row]:
-    """Every kernel of every room on these chips, sorted."""
+    """Every kernel of every file on these chips, sorted."""
     with ThreadPoolExecutor() as pool:
-        rooms = list(pool.map(lambda path: compile_room(path, archs), sorted(ROOT.glob("kernels/*/cuda.cu"))))
-    return sorted(row for room in rooms for row in room)
+        files = list(pool.map(lambda item: compile_file(*item, archs), sorted(sources().items())))
+    return sorted(row for rows in files for row in rows)
 
 
 def committed() -> list[Row]:

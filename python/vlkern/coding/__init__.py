@@ -1,8 +1,8 @@
 """Entropy coding: integers to bytes and back, exactly, at about the length that their probabilities allow."""
 
+from vlkern.coding.errors import DamagedStream
 from vlkern.coding.mixtures import Mixtures, quantize_mixture
 from vlkern.coding.rans import (
-    DamagedStream,
     Decoder,
     Encoder,
     decode,

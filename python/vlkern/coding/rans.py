@@ -9,42 +9,46 @@ import torch
 
 from vlkern import _checks
 from vlkern._native import host
+from vlkern.coding import gpu
+from vlkern.coding.errors import DamagedStream
 from vlkern.coding.mixtures import Mixtures
 from vlkern.coding.tables import Tables
 
 KINDS = ("rans64", "rans_byte", "rans_word")
 _MOST_COMPONENTS = 16
+_CPU = torch.device("cpu")
 
 
-class DamagedStream(ValueError):
-    """Bytes that no encoder wrote for these tables and so many symbols."""
-
-
-def _integers(name: str, value: Any) -> torch.Tensor:
+def _integers(name: str, value: Any, device: torch.device = _CPU) -> torch.Tensor:
     t = _checks.tensor(name, value)
     if t.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"{name} must be integers, got {t.dtype}")
     if t.dtype == torch.int64 and t.numel() and not -(2**31) <= int(t.min()) <= int(t.max()) < 2**31:
         raise ValueError(f"{name} must fit in 32 bits, got {int(t.min())} to {int(t.max())}")
-    return t.to("cpu", torch.int32).contiguous()
+    return t.to(device, torch.int32).contiguous()
 
 
-def _rows(tables: Tables, index: torch.Tensor | None, count: int) -> Any:
-    """The row of each symbol for the coder, None where there is one for each."""
+def _rows(tables: Tables, index: torch.Tensor | None, count: int, device: torch.device = _CPU) -> torch.Tensor | None:
+    """The row of each symbol, None where there is one for each."""
     if index is None:
         if len(tables.cdf) != count:
             raise ValueError(
                 f"index must be given, or tables have a row for each symbol: {len(tables.cdf)} and {count}"
             )
         return None
-    rows = _integers("index", index).flatten()
+    rows = _integers("index", index, device).flatten()
     if len(rows) != count:
         raise ValueError(f"index must have an entry for each of the {count} symbols, got {len(rows)}")
-    return rows.numpy()
+    return rows
 
 
-def _mixtures(mixtures: Mixtures) -> tuple[tuple[Any, Any, Any], torch.Size]:
-    """The parameters [rows, K, C] for the coder, and the shape of the symbols."""
+def _array(rows: torch.Tensor | None) -> Any:
+    """As the coder takes them."""
+    return None if rows is None else rows.numpy()
+
+
+def _mixtures(mixtures: Mixtures) -> tuple[list[torch.Tensor], torch.Size]:
+    """The parameters [rows, K, C], and the shape of the symbols."""
     shape = _checks.tensor("means", mixtures.means).shape
     if len(shape) < 2 or not 1 <= shape[-2] <= _MOST_COMPONENTS:
         raise ValueError(f"means must have shape [..., K, C] with K from 1 to {_MOST_COMPONENTS}, got {list(shape)}")
@@ -53,14 +57,18 @@ def _mixtures(mixtures: Mixtures) -> tuple[tuple[Any, Any, Any], torch.Size]:
             raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {part.dtype}")
         _checks.shape(name, part, shape)
     rows = math.prod(shape[:-2])
-    means, scales, weights = (part.cpu().contiguous().view(rows, *shape[-2:]).numpy() for part in mixtures)
-    return (means, scales, weights), shape[:-2] + shape[-1:]
+    return [part.contiguous().view(rows, *shape[-2:]) for part in mixtures], shape[:-2] + shape[-1:]
 
 
-def _symbols_of(mixtures: Mixtures, symbols: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, Any, Any]]:
+def _arrays(parts: list[torch.Tensor]) -> list[Any]:
+    """As the coder takes them."""
+    return [part.cpu().numpy() for part in parts]
+
+
+def _symbols_of(mixtures: Mixtures, symbols: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     parts, shape = _mixtures(mixtures)
     _checks.shape("symbols", _checks.tensor("symbols", symbols), shape)
-    return _integers("symbols", symbols).flatten(), parts
+    return _integers("symbols", symbols).flatten(), _arrays(parts)
 
 
 def _check_kind(kind: str) -> None:
@@ -107,7 +115,7 @@ class Encoder:
         flat = _integers("symbols", symbols).flatten()
         rows = _rows(tables, index, len(flat))
         _check_precision("tables", tables.precision, self._precision)
-        self._native.put(flat.numpy(), tables.native, rows)
+        self._native.put(flat.numpy(), tables.native, _array(rows))
 
     def put_mixtures(self, symbols: torch.Tensor, mixtures: Mixtures) -> None:
         """Append symbols [..., C] with mixtures of their own. Errors as `encode_mixtures`."""
@@ -122,7 +130,7 @@ class Encoder:
 
 
 class Decoder:
-    """The symbols of one stream, bit by bit: as many at a time, with the same tables, as they were put in.
+    """The symbols of one stream, bit by bit: as many at a time, with the same tables, as they were put in. On the CPU.
 
     Args:
         stream: of an `Encoder`.
@@ -145,7 +153,7 @@ class Decoder:
         rows = _rows(tables, index, count)
         _check_precision("tables", tables.precision, self._precision)
         with _damage():
-            symbols = torch.from_numpy(self._native.get(count, tables.native, rows))
+            symbols = torch.from_numpy(self._native.get(count, tables.native, _array(rows)))
         return symbols if index is None else symbols.view(index.shape)
 
     def get_mixtures(self, mixtures: Mixtures) -> torch.Tensor:
@@ -153,7 +161,7 @@ class Decoder:
         parts, shape = _mixtures(mixtures)
         _check_precision("mixtures", 16, self._precision)
         with _damage():
-            return torch.from_numpy(self._native.get_mixtures(math.prod(shape), *parts)).view(shape)
+            return torch.from_numpy(self._native.get_mixtures(math.prod(shape), *_arrays(parts))).view(shape)
 
     def finish(self) -> None:
         """Make sure that this was all. Raises DamagedStream if something is left or a state is not at its end."""
@@ -171,6 +179,15 @@ def _check_cuts(cu_seqlens: Any, count: int) -> list[int]:
     if len(cu) < 1 or cu[0] != 0 or cu[-1] != count or sorted(cu) != cu:
         raise ValueError(f"cu_seqlens must rise from 0 to the {count} symbols, got {cu if len(cu) < 9 else '...'}")
     return cu
+
+
+def _check_streams(streams: Sequence[bytes], cu: list[int]) -> None:
+    if len(streams) != len(cu) - 1:
+        raise ValueError(f"streams must be {len(cu) - 1}, as cu_seqlens says, got {len(streams)}")
+
+
+def _check_format(kind: str, precision: int, lanes: int) -> None:
+    host().RansEncoder(kind, precision, lanes)  # refuses what is out of range
 
 
 def _check_threads(threads: int | None) -> int:
@@ -227,7 +244,7 @@ def encode(
     flat = _integers("symbols", symbols).flatten()
     rows, cu = _rows(tables, index, len(flat)), _check_cuts(cu_seqlens, len(flat))
     options = kind, tables.precision, lanes, _check_threads(threads)
-    streams: list[bytes] = host().rans_encode(flat.numpy(), cu, tables.native, rows, *options)
+    streams: list[bytes] = host().rans_encode(flat.numpy(), cu, tables.native, _array(rows), *options)
     return streams
 
 
@@ -246,8 +263,11 @@ def decode(
     A stream that is cut short or continued, or whose states do not end where they began, is refused. Most damage shows
     so, but not all of it: where a wrong symbol must never pass, keep a checksum of the bytes.
 
+    Where `index` is on a GPU (or the tables, without index), CUDA decodes there: a warp a stream and a thread a lane,
+    so streams of 32 lanes use it best. It waits for the GPU, to see whether the streams are whole.
+
     Returns:
-        int32, of the shape of `index`, or [number of rows].
+        int32, of the shape of `index`, or [number of rows], on its device.
 
     Raises:
         DamagedStream: a ValueError: a stream is not what `encode` wrote with these tables.
@@ -257,16 +277,23 @@ def decode(
         >>> tables = vlkern.coding.tables_from_pmfs([[0.5, 0.5]], [0], escape=False)
         >>> vlkern.coding.decode([bytes(4)], tables, torch.zeros(3, dtype=torch.int32))
         Traceback (most recent call last):
-        vlkern.coding.rans.DamagedStream: the stream is shorter than its states
+        vlkern.coding.errors.DamagedStream: the stream is shorter than its states
     """
     _check_kind(kind)
     count = len(tables.cdf) if index is None else index.numel()
-    rows, cu = _rows(tables, index, count), _check_cuts(cu_seqlens, count)
-    if len(streams) != len(cu) - 1:
-        raise ValueError(f"streams must be {len(cu) - 1}, as cu_seqlens says, got {len(streams)}")
-    options = kind, tables.precision, lanes, _check_threads(threads)
-    with _damage():
-        symbols = torch.from_numpy(host().rans_decode(list(streams), cu, tables.native, rows, *options))
+    device = tables.cdf.device if index is None else index.device
+    on_gpu = gpu.decodes(device)
+    rows, cu = _rows(tables, index, count, device if on_gpu else _CPU), _check_cuts(cu_seqlens, count)
+    _check_streams(streams, cu)
+    options = kind, tables.precision, lanes
+    if on_gpu:
+        _check_format(*options)
+        symbols = gpu.decode_tables(streams, cu, tables, rows, KINDS.index(kind), lanes)
+    else:
+        native = *options, _check_threads(threads)
+        with _damage():
+            found = host().rans_decode(list(streams), cu, tables.native, _array(rows), *native)
+        symbols = torch.from_numpy(found).to(device)
     return symbols if index is None else symbols.view(index.shape)
 
 
@@ -320,10 +347,10 @@ def decode_mixtures(
     kind: str = "rans64",
     threads: int | None = None,
 ) -> torch.Tensor:
-    """Streams of `encode_mixtures` to symbols. Arguments as there, what is said of damage as for `decode`.
+    """Streams of `encode_mixtures` to symbols. Arguments as there; what `decode` says of damage and GPUs.
 
     Returns:
-        int32 [..., C].
+        int32 [..., C], on the device of the mixtures.
 
     Raises:
         DamagedStream: a ValueError: a stream is not what `encode_mixtures` wrote with these mixtures.
@@ -333,13 +360,17 @@ def decode_mixtures(
         >>> params = torch.zeros(3, 1, 4)  # logits, means, log scales
         >>> vlkern.coding.decode_mixtures([bytes(4)], vlkern.coding.quantize_mixture(params))
         Traceback (most recent call last):
-        vlkern.coding.rans.DamagedStream: the stream is shorter than its states
+        vlkern.coding.errors.DamagedStream: the stream is shorter than its states
     """
     _check_kind(kind)
     parts, shape = _mixtures(mixtures)
     cu = _check_cuts(cu_seqlens, math.prod(shape))
-    if len(streams) != len(cu) - 1:
-        raise ValueError(f"streams must be {len(cu) - 1}, as cu_seqlens says, got {len(streams)}")
+    _check_streams(streams, cu)
+    device = parts[0].device
+    if gpu.decodes(device):
+        _check_format(kind, 16, lanes)
+        return gpu.decode_mixtures(streams, cu, parts, KINDS.index(kind), lanes).view(shape)
+    options = kind, lanes, _check_threads(threads)
     with _damage():
-        found = host().rans_decode_mixtures(list(streams), cu, *parts, kind, lanes, _check_threads(threads))
-    return torch.from_numpy(found).view(shape)
+        found = host().rans_decode_mixtures(list(streams), cu, *_arrays(parts), *options)
+    return torch.from_numpy(found).view(shape).to(device)

@@ -14,6 +14,8 @@ from vlkern._native import host
 #: The scales of the usual Gaussian tables: 64, from 0.11 to 256 in equal steps of their logarithm.
 SCALES = tuple(math.exp(math.log(0.11) + i / 63 * (math.log(256) - math.log(0.11))) for i in range(64))
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Tables:
@@ -26,6 +28,8 @@ class Tables:
     offset     [R] int32: the symbol of each row's first bin
     escape     whether the last bin of every row stands for all other symbols, which then cost 8 to 40 bits more
     precision  bits of the frequencies, at most 16 for states of 32 bits and at most 30 for those of 64
+
+    All of them stay on the device of cdf.
 
     Raises:
         TypeError: an argument is no int32 tensor.
@@ -46,7 +50,7 @@ class Tables:
         for name in ("cdf", "size", "offset"):
             if _checks.tensor(name, getattr(self, name)).dtype != torch.int32:
                 raise TypeError(f"{name} must be int32, got {getattr(self, name).dtype}")
-            object.__setattr__(self, name, getattr(self, name).cpu().contiguous())
+            object.__setattr__(self, name, getattr(self, name).to(self.cdf.device).contiguous())
         if self.cdf.dim() != 2:
             raise ValueError(f"cdf must have shape [R, W], got {list(self.cdf.shape)}")
         for name in ("size", "offset"):
@@ -58,7 +62,7 @@ class Tables:
         least = 3 if self.escape else 2
         if bool(((self.size < least) | (self.size > self.cdf.shape[1])).any()):
             raise ValueError(f"size must be from {least} to the {self.cdf.shape[1]} entries of a row")
-        inside = torch.arange(1, self.cdf.shape[1]) < self.size[:, None]
+        inside = torch.arange(1, self.cdf.shape[1], device=self.cdf.device) < self.size[:, None]
         ends = self.cdf.gather(1, self.size[:, None].long() - 1)[:, 0]
         if bool(
             ((self.cdf.diff(dim=1) <= 0) & inside).any() or self.cdf[:, 0].any() or (ends != 1 << self.precision).any()
@@ -68,7 +72,17 @@ class Tables:
     @functools.cached_property
     def native(self) -> Any:
         """As the coder takes them."""
-        return host().RansTables(self.cdf.numpy(), self.size.numpy(), self.offset.numpy(), self.escape, self.precision)
+        return host().RansTables(*(part.numpy() for part in self.on(_CPU)), self.escape, self.precision)
+
+    @functools.cached_property
+    def _copies(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        return {}
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """cdf, size and offset on a device; what was copied there is kept."""
+        if device not in self._copies:
+            self._copies[device] = self.cdf.to(device), self.size.to(device), self.offset.to(device)
+        return self._copies[device]
 
 
 def _cumulative(pmf: torch.Tensor, precision: int) -> torch.Tensor:
