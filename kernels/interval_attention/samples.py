@@ -116,21 +116,33 @@ def magnitudes(
 ) -> tuple[torch.Tensor, ...]:
     """For each gradient the sum of |terms|, to which rounding errors are proportional: dp - delta cancels.
 
-    So do the terms of a score, which is summed in float32. Its error is the relative error of its probability; where
-    one key has all the weight, only a backward that adds in the order of its forward is spared it.
+    So do the terms of a score, which is summed in float32 whatever the inputs are: once in the forward, for the LSE,
+    and again in the backward, in another order of addition unless the two kernels share their loop. With e the sum of
+    |terms| of a score (times the slope of the cap, and its own size behind a cap), one rounding eps of it leaves
+    p (1 +- eps e), and to first order in eps, with dev = dp - delta,
+
+        ds = p dev  is off by  eps p (e |dev| + sum_j p_j e_j |dev_j|)        dv = p g  by  eps p e |g|.
+
+    The reference runs one product twice and gets the same bits, so where one key has all the weight its p is exactly 1
+    and its own error does not tell of this one; there dev is 0, and so dv alone feels it.
     """
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    score = abs(scale) * torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
+    eps = torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps  # in roundings of the gradients
     g, q, k, v = (t.double() for t in (grad, q, k, v))
     groups = (k.shape[1], q.shape[1] // k.shape[1])
     q, g = q.unflatten(1, groups), g.unflatten(1, groups)
     s = torch.einsum("qhgd,khd->hgqk", q, k) * scale
-    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    e = torch.einsum("qhgd,khd->hgqk", q.abs(), k.abs()) * abs(scale)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+        e = e * (1 - (s / softcap) ** 2) + s.abs()
     j = torch.arange(k.shape[0], device=q.device)
     visible = (j >= start[:, None]) & (j < stop[:, None])
     p = torch.softmax(s.masked_fill(~visible, -torch.inf), -1).nan_to_num(0.0)
-    p = p * (1 + score * torch.einsum("qhgd,khd->hgqk", q.abs(), k.abs()))
-    dp = torch.einsum("qhgd,khd->hgqk", g.abs(), v.abs())
-    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
+    dp, terms = (torch.einsum("qhgd,khd->hgqk", a, b) for a, b in ((g, v), (g.abs(), v.abs())))
+    dev = (dp - (p * dp).sum(-1, keepdim=True)).abs()
+    each = terms + eps * e * dev
+    ds = p * (each + (p * each).sum(-1, keepdim=True)) * abs(scale)
     dq = torch.einsum("hgqk,khd->qhgd", ds, k.abs()).flatten(1, 2)
-    return dq, torch.einsum("hgqk,qhgd->khd", ds, q.abs()), torch.einsum("hgqk,qhgd->khd", p, g.abs())
+    dv = torch.einsum("hgqk,qhgd->khd", p * (1 + eps * e), g.abs())
+    return dq, torch.einsum("hgqk,qhgd->khd", ds, q.abs()), dv

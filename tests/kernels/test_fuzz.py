@@ -124,7 +124,10 @@ def test_interval_attention(name, data):
     )
     if data.draw(st.booleans()):
         sample = replace(sample, dv=8 * data.draw(widths))
-    dtype, scale = data.draw(st.sampled_from(dtypes(name))), data.draw(st.sampled_from([None, 1.0, 0.1, 0.01, -0.1]))
+    dtype, scale = (
+        data.draw(st.sampled_from(dtypes(name))),
+        data.draw(st.sampled_from([None, 4.0, 1.0, 0.1, 0.01, -0.1])),
+    )
     calls = []
     for seed in SEEDS:
         args, kwargs = interval_attention.inputs(sample, dtype, device(name), seed)
