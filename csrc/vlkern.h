@@ -20,6 +20,11 @@ using torch::stable::Tensor;
 // Second line of defence: Python has checked already and raised ValueError or TypeError with more words.
 #define VLKERN_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
+// t itself where it lies densely: asking costs nothing, the dispatcher a microsecond.
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 inline Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
 }

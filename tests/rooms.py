@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import vlkern
 from vlkern._native import TRITON_INTERPRETS
@@ -107,7 +108,7 @@ def seeds(op: Op, sample: Any) -> range:
 def skip_unsupported(op: Op, backend: str, args: Any, kwargs: Any) -> None:
     """Skip what the room itself declares as a limit of a backend. A kernel that is merely missing must fail."""
     if op.limits:
-        tensors = [t for t in op.bind(*args, **kwargs) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in tree_leaves(op.bind(*args, **kwargs)) if isinstance(t, torch.Tensor)]
         if why := op.limits(backend, *tensors):
             pytest.skip(f"{op.name} on {backend}: {why}")
 

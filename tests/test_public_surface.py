@@ -18,6 +18,7 @@ NAMES = {
         "affine_coupling",
         "affine_coupling_inverse",
         "decode_attention",
+        "decode_linear",
         "fsq_dequantize",
         "fsq_quantize",
         "geglu",

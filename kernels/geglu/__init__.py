@@ -12,7 +12,7 @@ from vlkern.kernels.geglu import reference, samples
 
 def _bind(gate: Any, up: Any) -> tuple[Any, ...]:
     gate, up = _checks.floating("gate", gate), _checks.floating("up", up)
-    _checks.shape("up", up, tuple(gate.shape))
+    _checks.shape("up", up, gate.shape)
     _checks.same("up", up, "gate", gate)
     return gate, up
 

@@ -129,10 +129,9 @@ def linear(
         return reference.linear(
             x, weight, bias, gelu
         )  # plain PyTorch, which torch.compile can fuse with its neighbours
-    rows = x.reshape(-1, x.shape[-1])
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         result: torch.Tensor = _Linear.apply(rows, weight, bias, gelu, backend)
     else:
         result = _forward[backend](rows, weight, bias, gelu)
-    return result.view(*x.shape[:-1], weight.shape[0])
+    return result if x.dim() == 2 else result.view(*x.shape[:-1], weight.shape[0])

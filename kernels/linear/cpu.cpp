@@ -20,21 +20,22 @@ VLKERN_INLINE void widen_all(const T* in, float* out, int64_t n) {
   for (int64_t j = 0; j < n; ++j) out[j] = to_float(in[j]);
 }
 
-// pre = products + bias, y = gelu(pre)
+// pre = products + bias, which may be null, y = gelu(pre)
 template <class T>
 VLKERN_INLINE void finish_row(const float* products, const float* bias, T* pre, T* y, int64_t n, bool gelu) {
+  auto sum = [=](int64_t j) VLKERN_INLINE_LAMBDA { return bias ? products[j] + bias[j] : products[j]; };
   if (!gelu) {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) y[j] = from_float<T>(products[j] + bias[j]);
+    for (int64_t j = 0; j < n; ++j) y[j] = from_float<T>(sum(j));
     return;
   }
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    y[j] = from_float<T>(gelu_tanh(products[j] + bias[j]));
+    y[j] = from_float<T>(gelu_tanh(sum(j)));
   }
   if (!pre) return;
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) pre[j] = from_float<T>(products[j] + bias[j]);
+  for (int64_t j = 0; j < n; ++j) pre[j] = from_float<T>(sum(j));
 }
 
 // g = grad gelu'(z), sum += g
@@ -46,19 +47,6 @@ VLKERN_INLINE void slope_row(const T* grad, const T* pre, T* g, float* sum, int6
     g[j] = from_float<T>(v);
     sum[j] += v;
   }
-}
-
-// A row of x in the streams of T (simd.h), as few_rows.h wants it.
-template <class T>
-VLKERN_INLINE void widen_streams(const T* in, float* out, int64_t n) {
-  const int64_t half = n / 2;
-#pragma omp simd
-  for (int64_t j = 0; j < half; ++j) {
-    Both v = load(in, half, j);
-    out[j] = v.a;
-    out[half + j] = v.b;
-  }
-  if (n % 2) out[n - 1] = to_float(in[n - 1]);
 }
 
 template <class T>
@@ -157,43 +145,44 @@ void for_each_block(const Shape& s, Left left, Right right, Row row) {
   });
 }
 
-// The output for at most kFewRows rows: threads share the rows of W, in parts of about 64 KB.
+// The output for at most kFewRows rows.
 template <class T>
 void forward_few(const Shape& s, const T* x, const T* weight, const float* bias, T* y, T* z, bool gelu) {
   std::vector<float> inputs(s.m * s.k);
   for (int64_t i = 0; i < s.m; ++i) streams(x + i * s.k, inputs.data() + i * s.k, s.k);
-  const int64_t part = std::max<int64_t>(8, (int64_t(64) << 10) / (s.k * int64_t(sizeof(T))) / 8 * 8);
-  torch::stable::parallel_for(0, ceil_div(s.n, part), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> products(s.m * part);
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t j = p * part, n = std::min(part, s.n - j);
-      few(weight + j * s.k, inputs.data(), s.m, n, s.k, products.data());
-      for (int64_t i = 0; i < s.m; ++i)
-        finish(products.data() + i * n, bias + j, z ? z + i * s.n + j : nullptr, y + i * s.n + j, n, gelu);
-    }
-  });
+  multiply_weights<T>(
+      {{weight, s.n}}, inputs.data(), s.m, s.k,
+      [](const T* w, const float* x, int64_t rows, int64_t n, int64_t k, float* out) {
+        few(w, x, rows, n, k, out);
+      },
+      [&](const float* products, int64_t j, int64_t n) {
+        for (int64_t i = 0; i < s.m; ++i)
+          finish(products + i * n, bias ? bias + j : nullptr, z ? z + i * s.n + j : nullptr, y + i * s.n + j,
+                 n, gelu);
+      });
 }
 
 // y, and z where it is given.
 template <class T>
 void forward(const Shape& s, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, T* y,
              T* z, bool gelu) {
-  std::vector<float> b(s.n);
-  if (bias) widen(torch::stable::contiguous(*bias).template const_data_ptr<T>(), b.data(), s.n);
+  std::vector<float> wide_b(bias ? s.n : 0);
+  if (bias) widen(dense(*bias).template const_data_ptr<T>(), wide_b.data(), s.n);
+  const float* b = bias ? wide_b.data() : nullptr;
   if (s.m <= kFewRows)
-    return forward_few(s, x.const_data_ptr<T>(), weight.const_data_ptr<T>(), b.data(), y, z, gelu);
+    return forward_few(s, x.const_data_ptr<T>(), weight.const_data_ptr<T>(), b, y, z, gelu);
   Wide wide_x = Wide::of(x.const_data_ptr<T>(), s.m * s.k),
        wide_w = Wide::of(weight.const_data_ptr<T>(), s.n * s.k);
   for_each_block(
       s, [&](int64_t i) { return Matrix{wide_x.data() + i * s.k, s.k}; },
       [&](int64_t j) { return Matrix{wide_w.data() + j * s.k, s.k, true}; },
       [&](const float* products, int64_t i, int64_t j, int64_t n) {
-        finish(products, b.data() + j, z ? z + i * s.n + j : nullptr, y + i * s.n + j, n, gelu);
+        finish(products, b ? b + j : nullptr, z ? z + i * s.n + j : nullptr, y + i * s.n + j, n, gelu);
       });
 }
 
 Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias, bool gelu) {
-  Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  Tensor x = dense(x_), weight = dense(weight_);
   const Shape s = check(x, weight);
   Tensor y = empty(x, {s.m, s.n}, x.scalar_type());
   dispatch(x.scalar_type(),
@@ -203,7 +192,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tenso
 
 std::tuple<Tensor, Tensor> linear_training(const Tensor& x_, const Tensor& weight_,
                                            const std::optional<Tensor>& bias) {
-  Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  Tensor x = dense(x_), weight = dense(weight_);
   const Shape s = check(x, weight);
   Tensor y = empty(x, {s.m, s.n}, x.scalar_type()), z = empty(x, {s.m, s.n}, x.scalar_type());
   dispatch(x.scalar_type(), [&]<class T>() {
@@ -214,7 +203,7 @@ std::tuple<Tensor, Tensor> linear_training(const Tensor& x_, const Tensor& weigh
 
 // G [M, N] and its column sums, which are added up in blocks of rows whose number depends on M alone.
 std::tuple<Tensor, Tensor> linear_slope(const Tensor& grad_, const Tensor& z_) {
-  Tensor grad = torch::stable::contiguous(grad_), z = torch::stable::contiguous(z_);
+  Tensor grad = dense(grad_), z = dense(z_);
   VLKERN_CHECK(grad.dim() == 2 && grad.numel() == z.numel() && grad.scalar_type() == z.scalar_type(),
                "grad and z must be [M, N] of one dtype");
   const int64_t m = grad.size(0), n = grad.size(1);
@@ -238,7 +227,7 @@ std::tuple<Tensor, Tensor> linear_slope(const Tensor& grad_, const Tensor& z_) {
 
 // a b, or a^T b: [M, K] [K, N]
 Tensor linear_product(const Tensor& a_, const Tensor& b_, bool transposed) {
-  Tensor a = torch::stable::contiguous(a_), b = torch::stable::contiguous(b_);
+  Tensor a = dense(a_), b = dense(b_);
   VLKERN_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(transposed ? 0 : 1) == b.size(0) &&
                    a.scalar_type() == b.scalar_type(),
                "the inner sizes and dtypes of a and b must agree");

@@ -13,8 +13,8 @@ from vlkern.kernels.norm_rope import reference, samples
 def check_angles(name: str, value: Any, x_name: str, x: torch.Tensor) -> torch.Tensor:
     """`value`, which must be the cosines or sines for x [T, H, C]: [T, C / 2] in float32, widened for a float64 x."""
     t = _checks.tensor(name, value)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if t.dtype not in (torch.float32, wide):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if t.dtype != torch.float32 and t.dtype != wide:
         raise TypeError(f"{name} must be {wide}, got {t.dtype}")
     _checks.shape(name, t, (x.shape[0], x.shape[2] // 2))
     _checks.on_device(name, t, x_name, x)
@@ -28,7 +28,7 @@ def check_weight(name: str, value: Any, x_name: str, x: torch.Tensor) -> torch.T
     t = _checks.floating(name, value)
     _checks.shape(name, t, (x.shape[2],))
     _checks.on_device(name, t, x_name, x)
-    return t.to(torch.promote_types(x.dtype, torch.float32)) if t.dtype == torch.float64 else t
+    return t.to(x.dtype if x.dtype == torch.float64 else torch.float32) if t.dtype == torch.float64 else t
 
 
 def check_heads(name: str, value: Any) -> torch.Tensor:
@@ -43,7 +43,7 @@ def _bind(x: Any, cos: Any, sin: Any, weight: Any = None, *, eps: float = 1e-6, 
     x = check_heads("x", x)
     cos, sin = check_angles("cos", cos, "x", x), check_angles("sin", sin, "x", x)
     weight = check_weight("weight", weight, "x", x)
-    weight = None if weight is None else weight.to(cos.dtype)
+    weight = weight if weight is None or weight.dtype == cos.dtype else weight.to(cos.dtype)
     return x, cos, sin, weight, _checks.number("eps", eps, positive=True), _checks.number("offset", offset)
 
 

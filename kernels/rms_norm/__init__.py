@@ -19,7 +19,8 @@ def _bind(x: Any, weight: Any, *, eps: float = 1e-6, offset: float = 0.0) -> tup
     eps, offset = _checks.number("eps", eps, positive=True), _checks.number("offset", offset)
     if _checks.autocast_dtype(x) is not None:
         x = x.float()
-    return x, weight.to(torch.promote_types(x.dtype, torch.float32)), eps, offset
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x, weight if weight.dtype == wide else weight.to(wide), eps, offset
 
 
 _op = Op(

@@ -1,9 +1,11 @@
 """Argument checks with one voice: `name must ..., got ...`, raised before any memory is touched."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,13 +20,15 @@ class Settings:
 SETTINGS = Settings()
 
 
+def _is_readable(t: torch.Tensor) -> bool:
+    return (t.is_cpu or SETTINGS.validate) and not (t.is_meta or isinstance(t, FakeTensor))
+
+
 def values_may_be_read(*tensors: torch.Tensor) -> bool:
     """True when looking at values costs no hidden synchronisation: CPU tensors in eager mode, or `validate(True)`."""
     if torch.compiler.is_compiling():
         return False
-    if any(t.is_meta or isinstance(t, torch._subclasses.FakeTensor) for t in tensors):
-        return False
-    return SETTINGS.validate or all(t.device.type == "cpu" for t in tensors)
+    return all(map(_is_readable, tensors))
 
 
 def tensor(name: str, value: Any) -> torch.Tensor:
@@ -51,21 +55,21 @@ def same(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -
 
 def on_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """`value` must lie on the device of `other`."""
-    if value.device != other.device:
+    if not (value.is_cpu and other.is_cpu) and value.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
 def shape(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
     """`value` must have exactly this shape."""
-    if tuple(value.shape) != expected:
+    if value.shape != expected:
         raise ValueError(f"{name} must have shape {list(expected)}, got {list(value.shape)}")
 
 
 def number(name: str, value: Any, *, positive: bool = False) -> float:
     """`value` as a finite Python float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value == value and abs(value) != float("inf")) or (positive and value <= 0):
+    if not (value == value and abs(value) != math.inf) or (positive and value <= 0):
         raise ValueError(f"{name} must be a {'positive ' if positive else ''}finite number, got {value}")
     return float(value)
 
@@ -81,7 +85,9 @@ def no_gradient(**tensors: torch.Tensor | None) -> None:
 
 def autocast_dtype(t: torch.Tensor) -> torch.dtype | None:
     """The dtype to which the autocast region around the call casts `t`; None outside, for float64 and meta tensors."""
-    device = t.device.type
-    if t.dtype == torch.float64 or t.is_meta:  # PyTorch 2.11 cannot compile a call of is_autocast_available
+    if t.is_meta:  # PyTorch 2.11 cannot compile a call of is_autocast_available
         return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    device = "cpu" if t.is_cpu else t.device.type
+    if not torch.is_autocast_enabled(device) or t.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)

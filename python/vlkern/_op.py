@@ -16,6 +16,7 @@ import torch
 from vlkern._native import LIBRARIES, TRITON_INTERPRETS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+_RUN_ON = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 REGISTRY: dict[str, "Op"] = {}
 
 _LIBRARY = torch.library.Library("vlkern", "FRAGMENT")
@@ -82,6 +83,9 @@ class Op:
         for raw, schema in schemas.items():
             self._define(raw, schema, getattr(reference, raw))
         self.missing = {b: self._missing(b, next(iter(schemas))) for b in BACKENDS}
+        # Those that run without being asked for. Triton's interpreter is for tests: slower than the reference.
+        there = [b for b in self.backends if self.missing[b] is None]
+        self._automatic = {kind: [b for b in there if b in names] for kind, names in _RUN_ON.items()}
         REGISTRY[name] = self
 
     def _define(self, raw: str, schema: str, reference: Callable[..., Any]) -> None:
@@ -141,9 +145,9 @@ class Op:
             if why:
                 raise RuntimeError(f"{self.public}: backend {self.forced!r} was chosen and cannot run: {why}")
             return self.forced
-        on_cpu = tensors[0].device.type == "cpu"
-        for b in self.backends:
-            # The interpreter is for tests: slower than the reference, so only an explicit choice selects it.
-            if not (b == "triton" and on_cpu) and self.refusal(b, *tensors) is None:
-                return b
+        first = tensors[0]
+        if first.dtype in self.dtypes:
+            for b in self._automatic.get("cpu" if first.is_cpu else first.device.type, ()):
+                if self.limits is None or self.limits(b, *tensors) is None:
+                    return b
         return "reference"

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from vlkern._op import BACKENDS, REGISTRY, Op
 
@@ -119,7 +120,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         >>> print(vlkern.explain(vlkern.ops.rms_norm, x, weight))
     """
     found = _lookup(op)
-    tensors = [t for t in found.bind(*args, **kwargs) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in tree_leaves(found.bind(*args, **kwargs)) if isinstance(t, torch.Tensor)]
     chosen = found.choose(*tensors)
     refused = {}
     for name in BACKENDS:

@@ -2,6 +2,7 @@
 
 from vlkern.kernels.coupling import affine_coupling, affine_coupling_inverse
 from vlkern.kernels.decode_attention import decode_attention
+from vlkern.kernels.decode_linear import decode_linear
 from vlkern.kernels.fsq import fsq_dequantize, fsq_quantize
 from vlkern.kernels.geglu import geglu
 from vlkern.kernels.gmm_nll import gmm_nll
@@ -22,6 +23,7 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_inverse",
     "decode_attention",
+    "decode_linear",
     "fsq_dequantize",
     "fsq_quantize",
     "geglu",

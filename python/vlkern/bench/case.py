@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import vlkern
 from vlkern._op import REGISTRY
@@ -143,4 +143,4 @@ class Case:
 
     def _bound(self, inputs: Inputs) -> list[torch.Tensor]:
         bound = REGISTRY[self.op].bind(*inputs.args, **inputs.kwargs)
-        return [t for t in bound if isinstance(t, torch.Tensor)]
+        return [t for t in tree_leaves(bound) if isinstance(t, torch.Tensor)]

@@ -1,4 +1,5 @@
-"""What a user would write instead of decode_attention: PyTorch's attention, or matmuls, on the filled part of a cache.
+"""What a user would write instead of decode_attention: PyTorch's attention, or matmuls, on the filled part of a cache;
+and instead of decode_linear: its parts.
 
 They take the arguments of the public op. A cache in int8 is first taken back to the dtype of the query.
 """
@@ -109,3 +110,27 @@ def flex(attend: Function) -> Function:
         return out.transpose(1, 2)
 
     return run
+
+
+def linear_parts(
+    x: torch.Tensor,
+    *weights: torch.Tensor,
+    before: torch.Tensor | None = None,
+    geglu: bool = False,
+    after: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    """The lines found in model files: norm, a product for each weight, gate, norm, sum."""
+
+    def norm(t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = t.float()
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (y * (offset + weight.float())).to(t.dtype)
+
+    u = x if before is None else norm(x, before)
+    parts = [F.linear(u, weight) for weight in weights]
+    y = F.gelu(parts[0], approximate="tanh") * parts[1] if geglu else torch.cat(parts, -1)
+    y = y if after is None else norm(y, after)
+    return y if residual is None else residual + y

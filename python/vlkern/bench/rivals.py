@@ -274,6 +274,14 @@ RACES: dict[str, Race] = {
             Contestant("FlexAttention", _flex_decoding, compiled=True),
         ),
     ),
+    "decode_linear": Race(
+        ceiling="read",
+        share={"forward": 1.0},
+        rivals=(
+            Contestant("eager", partial(_plain, decoding.linear_parts)),
+            Contestant("torch.compile", partial(_compiled, decoding.linear_parts), compiled=True),
+        ),
+    ),
     "fsq": Race(
         ceiling="copy",
         # forward: read z, write codes and indices. backward: read z and grad, write dz (1.2 in float32, 1 in bfloat16).

@@ -45,6 +45,7 @@ from vlkern.layers.linear import Linear
 from vlkern.layers.norm import RMSNorm
 from vlkern.layers.packed import check_cu_seqlens
 from vlkern.layers.rope import Rope
+from vlkern.layers.step import is_step, untouched
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,24 @@ class Attention(nn.Module):
         self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        tokens = x_TD.shape[0]
-        out_THC = memory.attend(
-            self.q_proj(x_TD).view(tokens, self.heads, self.head_dim),
-            self.k_proj(x_TD).view(tokens, self.kv_heads, self.head_dim),
-            self.v_proj(x_TD).view(tokens, self.kv_heads, self.head_dim),
+        heads = (proj(x_TD).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.attend(*heads, memory, chunk, cos, sin))
+
+    def attend(
+        self,
+        q_THC: torch.Tensor,
+        k_TKC: torch.Tensor,
+        v_TKC: torch.Tensor,
+        memory: Memory,
+        chunk: Chunk | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """Between the projections -> [T, H C]."""
+        return memory.attend(
+            q_THC,
+            k_TKC,
+            v_TKC,
             chunk,
             cos,
             sin,
@@ -214,8 +228,7 @@ class Attention(nn.Module):
             k_weight=None if self.k_norm is None else self.k_norm.weight,
             scale=self.scale,
             softcap=self.softcap,
-        )
-        return self.o_proj(out_THC.flatten(1))
+        ).flatten(1)
 
 
 class Layer(nn.Module):
@@ -236,12 +249,44 @@ class Layer(nn.Module):
         self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
+        if is_step(x_TD) and self._is_plain():
+            return self._step(x_TD, memory, chunk, cos, sin)
         attended_TD = self.self_attn(self.input_layernorm(x_TD), memory, chunk, cos, sin)
         if not self.sandwich:  # Gemma 1, whose second norm has a name that fits Gemma 2 better
             h_TD = x_TD + attended_TD
             return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
         h_TD = x_TD + self.post_attention_layernorm(attended_TD)
         return h_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h_TD)))
+
+    def _is_plain(self) -> bool:
+        """Nobody has replaced a part of this layer or waits for what it gives."""
+        a, mlp = self.self_attn, self.mlp
+        if type(a) is not Attention or type(mlp) is not GatedMlp or any(m._forward_hooks for m in (a, mlp)):
+            return False
+        return untouched(
+            a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj, *self._norms()
+        )
+
+    def _norms(self) -> tuple[RMSNorm, ...]:
+        """Before attention and MLP, and, in Gemma 2 and 3, behind them."""
+        if not self.sandwich:
+            return self.input_layernorm, self.post_attention_layernorm
+        before, behind = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        return self.input_layernorm, before, self.post_attention_layernorm, behind
+
+    def _step(
+        self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """`forward` for a few tokens on the CPU, in four products: each with the norm and the sum next to it."""
+        a, mlp = self.self_attn, self.mlp
+        n1, n3, *behind = (norm.weight for norm in self._norms())
+        n2, n4 = behind or (None, None)
+        qkv_TF = ops.decode_linear(x_TD, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, before=n1, offset=1.0)
+        heads = qkv_TF.view(len(x_TD), a.heads + 2 * a.kv_heads, a.head_dim).split((a.heads, a.kv_heads, a.kv_heads), 1)
+        out_TF = a.attend(*heads, memory, chunk, cos, sin)
+        h_TD = ops.decode_linear(out_TF, a.o_proj.weight, after=n2, residual=x_TD, offset=1.0)
+        u_TF = ops.decode_linear(h_TD, mlp.gate_proj.weight, mlp.up_proj.weight, before=n3, geglu=True, offset=1.0)
+        return ops.decode_linear(u_TF, mlp.down_proj.weight, after=n4, residual=h_TD, offset=1.0)
 
 
 class Decoder(nn.Module):
