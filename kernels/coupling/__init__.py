@@ -73,7 +73,7 @@ _op = Op(
         "affine_coupling_inverse": f"(Tensor y, {_MAP}) -> (Tensor, Tensor)",
     },
     reference=reference,
-    backends=("cpu", "triton"),
+    backends=("cpu", "triton", "cuda"),
     bind=_bind,
     work=samples.work,
 )

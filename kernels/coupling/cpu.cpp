@@ -8,6 +8,7 @@ namespace vlkern {
 namespace {
 
 using coupling::for_each_piece;
+using coupling::Indices;
 using coupling::Piece;
 using coupling::Problem;
 using coupling::Side;
@@ -153,8 +154,6 @@ VLKERN_DTYPE(float)
 VLKERN_DTYPE(bf16)
 VLKERN_DTYPE(fp16)
 
-using Indices = std::optional<Tensor>;
-
 struct Outputs {
   Tensor y, logdet, y2;
 };
@@ -164,9 +163,7 @@ struct Outputs {
 template <class F>
 Outputs map(const Tensor& x_, const Tensor& shift, const Tensor& raw, const Indices& tokens,
             const Indices& channels, double max_scale, bool apart, double sign, F f) {
-  VLKERN_CHECK(shift.numel() == raw.numel() && x_.scalar_type() == raw.scalar_type() &&
-                   x_.scalar_type() == shift.scalar_type(),
-               "shift must have the shape of raw_scale, and both the dtype of x");
+  coupling::check_shift(shift, raw);
   Problem p(x_, raw, tokens, channels);
   VLKERN_CHECK(!apart || !p.whole(), "expected tokens or channels");
   Tensor x = torch::stable::contiguous(x_), y = empty(x, shape_of(x), x.scalar_type());
@@ -174,7 +171,7 @@ Outputs map(const Tensor& x_, const Tensor& shift, const Tensor& raw, const Indi
          y2 = apart ? empty(x, shape_of(raw), x.scalar_type()) : y;
   std::vector<double> sums(p.B * p.pieces);
   dispatch(x.scalar_type(), [&]<class T>() {
-    Side<T> u(shift, p), r(raw, p);
+    Side u(shift, p), r(raw, p);
     const T* in = x.const_data_ptr<T>();
     T *out = y.mutable_data_ptr<T>(), *part = y2.mutable_data_ptr<T>();
     for_each_piece<T>(p, [&](Piece<T>& piece, int64_t task) {
@@ -219,10 +216,7 @@ std::tuple<Tensor, Tensor> affine_coupling_inverse(const Tensor& y, const Tensor
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_, const Tensor& grad_logdet_, const Tensor& y,
                                              const Tensor& raw, const Indices& tokens,
                                              const Indices& channels, double max_scale) {
-  VLKERN_CHECK(grad_.scalar_type() == y.scalar_type() && y.scalar_type() == raw.scalar_type() &&
-                   y.numel() == raw.numel() && grad_logdet_.scalar_type() == ScalarType::Float &&
-                   grad_logdet_.numel() == grad_.size(0),
-               "y must have the shape of raw_scale, and both the dtype of grad");
+  coupling::check_gradients(grad_, grad_logdet_, y, raw);
   Problem p(grad_, raw, tokens, channels);
   Tensor grad = torch::stable::contiguous(grad_), grad_logdet = torch::stable::contiguous(grad_logdet_);
   Tensor dx = empty(grad, shape_of(grad), grad.scalar_type()),
@@ -230,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_, const Tensor& 
   Tensor dshift = p.whole() ? dx : empty(grad, shape_of(raw), raw.scalar_type());
   const float* dl = grad_logdet.const_data_ptr<float>();
   dispatch(grad.scalar_type(), [&]<class T>() {
-    Side<T> r(raw, p), of(y, p);
+    Side r(raw, p), of(y, p);
     const T* g = grad.const_data_ptr<T>();
     T *out = dx.mutable_data_ptr<T>(), *of_shift = dshift.mutable_data_ptr<T>(),
       *of_raw = draw.mutable_data_ptr<T>();

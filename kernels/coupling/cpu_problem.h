@@ -5,31 +5,21 @@
 #include <memory>
 #include <vector>
 
+#include "checks.h"
 #include "share.h"
-#include "vlkern.h"
 
 namespace vlkern::coupling {
 
 constexpr int64_t kPiece = 1 << 12;  // elements a thread takes at a time: 10 us
 
-// x [B, N, K] and its part [B, n, k]. Without index vectors x of any shape counts as [B, N, 1].
-struct Problem {
-  int64_t B, N, K, n, k;
+struct Problem : Shape {
   std::vector<int32_t> slot;          // token of x -> row of the part or -1; empty: all, in order
   const int32_t* channels = nullptr;  // channel of the part -> of x; null: all, in order
   Tensor channels_;                   // owns them
   int64_t rows, pieces;               // tokens of x in a piece, pieces of an example
 
-  Problem(const Tensor& x, const Tensor& raw, const std::optional<Tensor>& tokens,
-          const std::optional<Tensor>& channels_of_part)
-      : channels_(raw) {
-    bool three = x.dim() == 3;
-    B = x.size(0);
-    K = three ? x.size(2) : 1;
-    N = three ? x.size(1) : B ? x.numel() / B : 0;
-    n = tokens ? tokens->numel() : N;
-    k = channels_of_part ? channels_of_part->numel() : K;
-    VLKERN_CHECK(raw.numel() == B * n * k, "raw_scale must have the shape of the part that changes");
+  Problem(const Tensor& x, const Tensor& raw, const Indices& tokens, const Indices& channels_of_part)
+      : Shape(x, raw, tokens, channels_of_part), channels_(raw) {
     if (tokens) {
       Tensor list = torch::stable::contiguous(*tokens);
       const int32_t* token = list.const_data_ptr<int32_t>();
@@ -50,22 +40,6 @@ struct Problem {
   }
 
   bool whole() const { return slot.empty() && !channels; }
-};
-
-// A tensor of the part's shape, [B, n, k] with elements of a row side by side: contiguous, or half of one.
-template <class T>
-struct Side {
-  Tensor owner;
-  const T* data;
-  int64_t example, row;  // strides
-
-  Side(const Tensor& t, const Problem& p) : owner(t) {
-    bool in_place = t.dim() == 3 && (p.k == 1 || t.stride(2) == 1) && t.size(1) == p.n && t.size(2) == p.k;
-    if (!in_place) owner = torch::stable::contiguous(t);
-    data = owner.const_data_ptr<T>();
-    example = in_place ? owner.stride(0) : p.n * p.k;
-    row = in_place ? owner.stride(1) : p.k;
-  }
 };
 
 // One thread's piece: tokens [first, last) of example b, and scratch for the rows of the part among them.
@@ -103,8 +77,8 @@ class Piece {
   }
 
   // Rows of a tensor of the part's shape, likewise.
-  const T* rows(const Side<T>& side, int i) {
-    const T* from = side.data + b_ * side.example;
+  const T* rows(const Side& side, int i) {
+    const T* from = side.owner.const_data_ptr<T>() + b_ * side.example;
     if (p_.slot.empty() && side.row == p_.k) return from + first_ * p_.k;
     T* to = scratch_[i].get();
     for (int64_t q = 0; q < count_; ++q, to += p_.k)

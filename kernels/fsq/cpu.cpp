@@ -2,9 +2,9 @@
 // for each instruction set.
 #include <bit>
 #include <cmath>
-#include <numeric>
 #include <type_traits>
 
+#include "checks.h"
 #include "cpu_problem.h"
 #include "simd.h"
 
@@ -26,19 +26,10 @@ void for_each_piece(int64_t rows, int64_t d, F f) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kPiece / d), f);
 }
 
-int64_t channels(const std::vector<int64_t>& levels) {
-  for (int64_t n : levels) VLKERN_CHECK(n >= 2, "levels must be at least 2");
-  VLKERN_CHECK(!levels.empty(), "levels must name at least one channel");
-  return int64_t(levels.size());
-}
-
 std::tuple<Tensor, Tensor> fsq_quantize(const Tensor& z_, const Tensor& thresholds_,
                                         std::vector<int64_t> levels, bool symmetric) {
-  const int64_t d = channels(levels);
-  VLKERN_CHECK(z_.dim() > 0 && z_.size(-1) == d, "z must have one channel for each level");
-  VLKERN_CHECK(thresholds_.scalar_type() == ScalarType::Float &&
-                   thresholds_.numel() == std::accumulate(levels.begin(), levels.end(), -d),
-               "thresholds must be float32, one less than levels for each channel");
+  check_quantize(z_, thresholds_, levels);
+  const int64_t d = z_.size(-1);
   Tensor z = torch::stable::contiguous(z_), thresholds = torch::stable::contiguous(thresholds_);
   auto shape = shape_of(z);
   Tensor codes = empty(z, shape, z.scalar_type());
@@ -59,11 +50,8 @@ std::tuple<Tensor, Tensor> fsq_quantize(const Tensor& z_, const Tensor& threshol
 }
 
 Tensor fsq_quantize_backward(const Tensor& grad_, const Tensor& z_, const Tensor& slopes_) {
-  VLKERN_CHECK(z_.dim() > 0 && grad_.numel() == z_.numel() && grad_.scalar_type() == z_.scalar_type(),
-               "grad must have the shape and dtype of z");
+  check_backward(grad_, z_, slopes_);
   const int64_t d = z_.size(-1);
-  VLKERN_CHECK(slopes_.scalar_type() == ScalarType::Float && slopes_.numel() == 2 * d,
-               "slopes must be float32 of shape [2, ", d, "]");
   Tensor grad = torch::stable::contiguous(grad_), z = torch::stable::contiguous(z_),
          slopes = torch::stable::contiguous(slopes_);
   Tensor dz = empty(z, shape_of(z), z.scalar_type());
@@ -82,10 +70,8 @@ Tensor fsq_quantize_backward(const Tensor& grad_, const Tensor& z_, const Tensor
 }
 
 Tensor fsq_dequantize(const Tensor& codes_, const Tensor& indices_, std::vector<int64_t> levels) {
-  const int64_t d = channels(levels);
-  VLKERN_CHECK(codes_.numel() == std::accumulate(levels.begin(), levels.end(), int64_t(0)),
-               "codes must have one value for each level");
-  VLKERN_CHECK(indices_.scalar_type() == ScalarType::Long, "indices must be int64");
+  check_dequantize(codes_, indices_, levels);
+  const auto d = int64_t(levels.size());
   Tensor codes = torch::stable::contiguous(codes_), indices = torch::stable::contiguous(indices_);
   auto shape = shape_of(indices);
   shape.push_back(d);

@@ -7,9 +7,9 @@
 #include <initializer_list>
 #include <numeric>
 
+#include "checks.h"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
-#include "vlkern.h"
 
 namespace vlkern {
 namespace {
@@ -20,11 +20,10 @@ using cuda::Vector;
 
 constexpr int kBlock = 256;                           // threads
 constexpr int kLeastUnrolled = 3, kMostUnrolled = 6;  // channels: what tokenizers have
-constexpr int kMostChannels = 62;                     // their product is at most 2^62
 constexpr int64_t kMostCounted = 63;  // more thresholds than this are searched, fewer are counted
 
 struct Levels {
-  int at[kMostChannels];
+  int at[fsq::kMostChannels];
 };
 
 // Rows that a thread takes: the fewest whose elements fill whole vectors.
@@ -192,24 +191,17 @@ unsigned grid_of(int64_t count) {
   return cuda::blocks(ceil_div(count, kBlock));
 }
 
-Levels check(const std::vector<int64_t>& levels) {
-  VLKERN_CHECK(!levels.empty() && levels.size() <= kMostChannels, "levels must name 1 to 62 channels");
+Levels narrow(const std::vector<int64_t>& levels) {
   Levels out{};
-  for (size_t c = 0; c < levels.size(); ++c) {
-    VLKERN_CHECK(levels[c] >= 2 && levels[c] <= INT32_MAX, "levels must be at least 2");
-    out.at[c] = int(levels[c]);
-  }
+  std::copy(levels.begin(), levels.end(), out.at);
   return out;
 }
 
 std::tuple<Tensor, Tensor> fsq_quantize(const Tensor& z_, const Tensor& thresholds_,
                                         std::vector<int64_t> levels, bool symmetric) {
-  const Levels shape = check(levels);
-  const auto d = int64_t(levels.size());
-  VLKERN_CHECK(z_.dim() > 0 && z_.size(-1) == d, "z must have one channel for each level");
-  VLKERN_CHECK(thresholds_.scalar_type() == ScalarType::Float &&
-                   thresholds_.numel() == std::accumulate(levels.begin(), levels.end(), -d),
-               "thresholds must be float32, one less than levels for each channel");
+  fsq::check_quantize(z_, thresholds_, levels);
+  const Levels shape = narrow(levels);
+  const int64_t d = z_.size(-1);
   Tensor z = torch::stable::contiguous(z_), thresholds = torch::stable::contiguous(thresholds_);
   Stream stream(z);
   stream.check_device(thresholds);
@@ -236,11 +228,8 @@ std::tuple<Tensor, Tensor> fsq_quantize(const Tensor& z_, const Tensor& threshol
 }
 
 Tensor fsq_quantize_backward(const Tensor& grad_, const Tensor& z_, const Tensor& slopes_) {
-  VLKERN_CHECK(z_.dim() > 0 && grad_.numel() == z_.numel() && grad_.scalar_type() == z_.scalar_type(),
-               "grad must have the shape and dtype of z");
+  fsq::check_backward(grad_, z_, slopes_);
   const int64_t d = z_.size(-1);
-  VLKERN_CHECK(slopes_.scalar_type() == ScalarType::Float && slopes_.numel() == 2 * d,
-               "slopes must be float32 of shape [2, ", d, "]");
   Tensor grad = torch::stable::contiguous(grad_), z = torch::stable::contiguous(z_),
          slopes = torch::stable::contiguous(slopes_);
   Stream stream(z);
@@ -260,11 +249,9 @@ Tensor fsq_quantize_backward(const Tensor& grad_, const Tensor& z_, const Tensor
 }
 
 Tensor fsq_dequantize(const Tensor& codes_, const Tensor& indices_, std::vector<int64_t> levels) {
-  const Levels shape = check(levels);
+  fsq::check_dequantize(codes_, indices_, levels);
+  const Levels shape = narrow(levels);
   const auto d = int64_t(levels.size());
-  VLKERN_CHECK(codes_.numel() == std::accumulate(levels.begin(), levels.end(), int64_t(0)),
-               "codes must have one value for each level");
-  VLKERN_CHECK(indices_.scalar_type() == ScalarType::Long, "indices must be int64");
   Tensor codes = torch::stable::contiguous(codes_), indices = torch::stable::contiguous(indices_);
   Stream stream(indices);
   stream.check_device(codes);

@@ -3,6 +3,7 @@
 The undefined-behaviour sanitiser is on, so a vector access to a misaligned address fails as it would on a GPU.
 """
 
+import math
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from rooms import ROOT
 
 from vlkern._op import REGISTRY
-from vlkern.kernels import fsq, rms_norm, sigmoid_loss
+from vlkern.kernels import coupling, decode_attention, fsq, rms_norm, sigmoid_loss
 from vlkern.kernels.mixture_cdf import samples as mixture_samples
 from vlkern.testing import assert_as_good, assert_same_direction, in_float64, poison
 
@@ -232,6 +233,12 @@ def test_kernels_check_what_python_has_checked(emulated):
         loss(image, text, scale.double(), *rest)
     with pytest.raises(RuntimeError, match="must not be empty"):
         loss(image[:0], text, scale, *rest)
+    couple = REGISTRY["coupling"].raw["affine_coupling"]["cuda"]
+    x, half = torch.ones(2, 4, 8), torch.arange(4)
+    with pytest.raises(RuntimeError, match="raw_scale must have the shape"):
+        couple(x, x[..., :4], x[..., :4], None, None, 2.0)
+    with pytest.raises(RuntimeError, match="channels must be int32"):
+        couple(x, x[..., :4], x[..., :4], None, half, 2.0)
 
 
 def fsq_agrees(z, levels, symmetric=False):
@@ -278,3 +285,154 @@ def test_rows_and_windows_of_mixtures_are_the_very_ones(emulated, size):
         assert torch.equal(low, same[0]) and torch.equal(half, same[1])
         rows, wanted = (run("mixture_cdf", "mixture_cdf", b, *mixtures, low, size) for b in ("cuda", "reference"))
         assert torch.equal(rows[0], wanted[0])
+
+
+def coupling_agrees(sample, dtype, change=lambda t: t, max_scale=1.5):
+    """Both ways and the gradients; `change` moves the tensors in memory."""
+    (x, shift, raw), options = coupling.samples.inputs(sample, dtype, "cpu")
+    x = change(x)
+    if not sample.strided:
+        shift, raw = change(shift), change(raw)
+    lists = options.get("tokens"), options.get("channels")
+    args = x, shift, raw, *lists, max_scale
+    magnitudes = [None, (torch.nn.functional.logsigmoid(raw.double()).abs() + 1).flatten(1).sum(1)]
+    _, logdet = compare("coupling", "affine_coupling", args, magnitudes=magnitudes)
+    y, _ = run("coupling", "affine_coupling", "reference", *args)
+    compare("coupling", "affine_coupling_inverse", (change(y), *args[1:]), magnitudes=magnitudes)
+    y2 = change(coupling.reference.part(y, *lists).contiguous())
+    g = torch.Generator().manual_seed(7)
+    grads = change(torch.randn(x.shape, generator=g).to(dtype)), torch.randn(x.shape[0], generator=g)
+    of_raw = coupling.samples.magnitudes(*grads, x, shift, raw, **options)[2]
+    if lists == (None, None):
+        compare("coupling", "affine_coupling_backward", (*grads, y2, raw, max_scale), True, (None, of_raw))
+        return
+    of_part = compare("coupling", "affine_coupling_part", args, magnitudes=[*magnitudes, None])
+    assert torch.equal(of_part[1], logdet) and torch.equal(of_part[2], coupling.reference.part(of_part[0], *lists))
+    args = *grads, y2, raw, *lists, max_scale
+    compare("coupling", "affine_coupling_part_backward", args, True, (None, None, of_raw))
+
+
+@DTYPES
+@pytest.mark.parametrize("sample", [s for s in coupling.samples.SAMPLES if not s.bench], ids=lambda s: s.name)
+def test_coupling_on_its_samples(emulated, sample, dtype):
+    coupling_agrees(sample, dtype)
+
+
+COUPLINGS = [
+    coupling.samples.Sample("all_of_it", (2, 60, 96)),
+    coupling.samples.Sample("halves", (2, 9, 16), strided=True),
+    coupling.samples.Sample("some_tokens", (2, 90, 48), tokens=True, strided=True),
+    coupling.samples.Sample("some_channels", (2, 150, 48), channels=True, strided=True),
+    coupling.samples.Sample("of_some_tokens", (2, 150, 48), tokens=True, channels=True),
+    coupling.samples.Sample("rows_larger_than_a_tile", (1, 2, 4128), channels=True),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("sample", COUPLINGS, ids=lambda s: s.name)
+def test_coupling_in_vectors(emulated, sample, dtype):
+    coupling_agrees(sample, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("channels", [False, True])
+def test_coupling_of_misaligned_memory(emulated, channels, dtype):
+    coupling_agrees(coupling.samples.Sample("misaligned", (2, 5, 32), channels=channels), dtype, misaligned)
+
+
+@DTYPES
+def test_coupling_is_finite_for_extreme_scales(emulated, dtype):
+    raw = torch.tensor([0.0, 80, -80, 88, -88, 103, -103, -1e4]).to(dtype).expand(2, 3, 8).contiguous()
+    x, shift = torch.full_like(raw, 3.0), torch.full_like(raw, -1.0)
+    y, logdet = run("coupling", "affine_coupling", "cuda", x, shift, raw, None, None, 2.0)
+    grads = run("coupling", "affine_coupling_backward", "cuda", x, logdet, y, raw, 2.0)
+    assert all(t.isfinite().all() for t in (y, logdet, *grads))
+    exact = (torch.nn.functional.logsigmoid(raw.double()) + math.log(2.0)).sum((1, 2))
+    torch.testing.assert_close(logdet.double(), exact, rtol=1e-6, atol=0)
+
+
+def decode_agrees(sample, dtype, seed=0, change=lambda args: args):
+    args, kwargs = decode_attention.samples.inputs(sample, dtype, "cpu", seed)
+    bound = REGISTRY["decode_attention"].bind(*args, **kwargs)
+    return compare("decode_attention", "decode_attention", change(bound))
+
+
+@DTYPES
+@pytest.mark.parametrize("sample", [s for s in decode_attention.samples.SAMPLES if not s.bench], ids=lambda s: s.name)
+def test_decode_attention_on_its_samples(emulated, sample, dtype):
+    decode_agrees(sample, dtype)
+
+
+CACHES = [
+    # Six blocks at once: parts of 64, 128, ... keys, the last of one key or of all; none for a row, or for all but one.
+    decode_attention.samples.Sample("one_key_in_the_second_part", (65,), 400, h=1, c=8),
+    decode_attention.samples.Sample("whole_parts", (384,), 384, h=1, c=8),
+    decode_attention.samples.Sample("ragged_parts", (385, 0), 640, h=1, c=8, tokens=2),
+    decode_attention.samples.Sample("ring_in_parts", (1000,), 200, h=2, c=16, window=190, tokens=3),
+    # More stages than fit, more queries than a warp has, than a block has.
+    decode_attention.samples.Sample("ring_of_stages", (300,), 300, h=2, c=16, tokens=8),
+    decode_attention.samples.Sample("wide", (90,), 96, h=1, c=256),
+    decode_attention.samples.Sample("two_blocks", (50, 20), 52, h=6, kh=2, c=32, tokens=12, window=30),
+    # int8: rows that eight bytes divide, parts, every limit.
+    decode_attention.samples.Sample("int8_odd", (40, 9), 48, h=4, kh=2, c=24, cv=8, int8=True, softcap=3.0),
+    decode_attention.samples.Sample("int8_parts", (500,), 150, h=2, c=16, cv=136, int8=True, window=140),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("sample", CACHES, ids=lambda s: s.name)
+def test_decode_attention_of_every_cut(emulated, sample, dtype):
+    decode_agrees(sample, dtype)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_decode_attention_of_random_shapes(emulated, seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*of):
+        return of[int(torch.randint(len(of), (), generator=g))]
+
+    slots, tokens, kh, int8 = pick(9, 40, 130), pick(1, 1, 2, 5, 16), pick(1, 2, 3), pick(False, True)
+    window = pick(None, None, 1, slots // 2)
+    longest = slots if window is None or window + tokens - 1 > slots else 3 * slots
+    lengths = tuple(int(torch.randint(longest + 1, (), generator=g)) for _ in range(pick(1, 2, 4)))
+    shape = {"h": kh * pick(1, 2, 4), "kh": kh, "c": pick(8, 24, 64, 72), "cv": pick(8, 40, 64, 136)}
+    sample = decode_attention.samples.Sample(
+        "random", lengths, slots, tokens, window=window, softcap=pick(None, 2.0), int8=int8, **shape
+    )
+    decode_agrees(sample, pick(torch.float32, torch.bfloat16, torch.float16), seed)
+
+
+def test_decode_attention_reads_what_it_sees_and_no_more(emulated):
+    """NaN in slots that no query sees, and around rows that are not aligned."""
+    sample = decode_attention.samples.Sample("unseen", (70, 3), 90, h=2, c=40, window=20, tokens=2)
+
+    def change(args):
+        q, k, v, length, *rest = args
+        seen = decode_attention.reference.visible_slots(length, q.shape[1], k.shape[1], rest[2]).any(1)
+        for t in (k, v):
+            t[~seen] = math.nan
+        return misaligned(q), misaligned(k), misaligned(v), length, *rest
+
+    (out,) = decode_agrees(sample, torch.bfloat16, change=change)
+    assert out.isfinite().all()
+
+
+@DTYPES
+def test_decode_attention_widens_every_code(emulated, dtype):
+    """Of one key the output is the value. Two keys: the score of the larger one decides."""
+    codes = torch.arange(-128, 128).to(torch.int8)
+    q, length = torch.zeros(1, 1, 1, 256, dtype=dtype), torch.ones(1, dtype=torch.int32)
+    k, scale = codes.view(1, 1, 1, 256), torch.full((1, 1, 1), 0.125)
+    (out,) = run("decode_attention", "decode_attention", "cuda", q, k, k, length, scale, scale, None, 1.0, None)
+    assert torch.equal(out.flatten().float(), codes.float() / 8)
+    q[..., ::2] = 1
+    for at in range(0, 256, 32):
+        keys = torch.zeros(1, 2, 1, 256, dtype=torch.int8)
+        keys[0, 1, 0, at + 2 * torch.arange(16)] = codes[at : at + 32 : 2]
+        two = torch.full((1,), 2, dtype=torch.int32), torch.ones(1, 2, 1), torch.ones(1, 2, 1)
+        values = torch.tensor([0, 1]).to(torch.int8).view(1, 2, 1, 1).expand(1, 2, 1, 8).contiguous()
+        args = q, keys, values, *two, None, 0.001, None
+        (out,) = run("decode_attention", "decode_attention", "cuda", *args)
+        exact = torch.sigmoid(0.001 * codes[at : at + 32 : 2].double().sum())
+        torch.testing.assert_close(out[0, 0, 0, 0].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
