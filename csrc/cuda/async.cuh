@@ -47,6 +47,13 @@ __device__ void copy_async(void* to, const void* from, bool real) {
 #endif
 }
 
+// Until this thread's copies are done, as they must be before it ends.
+__device__ inline void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // A barrier in shared memory. Phases are counted from 0; one ends with the arrival that makes the count full.
 class Gate {
  public:

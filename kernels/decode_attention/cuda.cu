@@ -36,6 +36,7 @@ struct Copier {
 
   // 16 keys from `slot` on, around the end of the ring, of which `real` are there and the others zeros.
   __device__ void stage(char* to, int slot, int slots, int real) const {
+#pragma unroll 4
     for (int r = row; r < kKeys; r += rows) {
       int at = slot + r;
       at = at < slots ? at : at - slots;
@@ -71,6 +72,7 @@ __device__ void copy_keys(const Call& call, const Layout& at, const Span& span, 
     slot = slot < call.slots ? slot : slot - call.slots;
     if (++stage == unsigned(call.stages)) stage = 0, ++round;
   }
+  cuda::wait_for_copies();
 }
 
 // Columns that a product reads beyond a row's own must be finite.

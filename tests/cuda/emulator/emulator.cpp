@@ -1,5 +1,6 @@
 // The fibers of cuda_runtime.h, what PyTorch and cuBLAS offer on a machine with a GPU, and the kernels of one
 // room.
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include "cuda/blas.cuh"
@@ -19,14 +20,15 @@ struct Barrier {
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(64 << 10);
-  bool running = false;
+  jmp_buf here;  // where it waits; unlike swapcontext, a jump asks nothing of the kernel
+  bool running = false, begun = false;
 };
 
 std::vector<Fiber> fibers(1024);
 std::vector<Barrier> warps(32), named(16);
 Barrier whole;
 char slots[32][32][8];
-ucontext_t scheduler;
+jmp_buf scheduler;
 const std::function<void()>* body;
 int current, count, steps;  // steps: arrivals at barriers and returns from the kernel
 
@@ -50,6 +52,19 @@ void start() {
   (*body)();
   fibers[current].running = false;
   ++steps;
+  _longjmp(scheduler, 1);
+}
+
+// The current thread gives way; the scheduler lets it go on.
+void give_way() {
+  if (!_setjmp(fibers[current].here)) _longjmp(scheduler, 1);
+}
+
+void go_on() {
+  if (_setjmp(scheduler)) return;
+  if (fibers[current].begun) _longjmp(fibers[current].here, 1);
+  fibers[current].begun = true;
+  setcontext(&fibers[current].context);
 }
 
 void wait(Barrier& barrier, int members) {
@@ -59,7 +74,7 @@ void wait(Barrier& barrier, int members) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  while (barrier.generation == generation) swapcontext(&fibers[current].context, &scheduler);
+  while (barrier.generation == generation) give_way();
 }
 
 // What has been put off, up to the end of a gate's phase. False: there was nothing.
@@ -85,9 +100,9 @@ void prepare(Fiber& fiber) {
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.data();
   fiber.context.uc_stack.ss_size = fiber.stack.size();
-  fiber.context.uc_link = &scheduler;
+  fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, start, 0);
-  fiber.running = true;
+  fiber.running = true, fiber.begun = false;
 }
 
 void run_block() {
@@ -97,7 +112,7 @@ void run_block() {
     for (current = 0; current < count; ++current) {
       if (!fibers[current].running) continue;
       threadIdx = dim3(current % blockDim.x, current / blockDim.x);
-      swapcontext(&scheduler, &fibers[current].context);
+      go_on();
     }
   }
   for (int t = 0; t < count; ++t)
@@ -150,7 +165,7 @@ void gate_arrive_after_copies(uint64_t* state) {
   pending.push_back({nullptr, nullptr, 0, state});
 }
 void gate_wait(const uint64_t* state, unsigned parity) {
-  while (std::bit_cast<Gate>(*state).phase % 2 == parity) swapcontext(&fibers[current].context, &scheduler);
+  while (std::bit_cast<Gate>(*state).phase % 2 == parity) give_way();
 }
 void named_barrier(int id, int threads) {
   wait(named[id], threads);
