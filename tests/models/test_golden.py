@@ -1,5 +1,7 @@
 """Towers against the papers' JAX code: outputs and the gradient of every parameter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import vlkern
 from vlkern import models
 from vlkern.interop import big_vision
 from vlkern.layers.pooling import MapHead
+from vlkern.models import siglip
 from vlkern.models.siglip import Siglip, SiglipConfig, TextTower, VisionTower
 from vlkern.models.state import NpzFile, Source
 
@@ -42,6 +45,25 @@ def test_two_towers(tmp_path):
     loss.backward()
     plan = big_vision.plan(NpzFile(path), model.config)
     assert_gradients({"model": model}, {"model": golden.state("grad/params/", _renamed(plan.sources), model)})
+
+
+@pytest.mark.parametrize("vocabulary", [siglip.MULTILINGUAL, 300])
+def test_two_towers_of_which_one_has_no_projection(vocabulary, tmp_path):
+    """siglip-so400m-patch16-256-i18n has no text head; of any other model it would be missing."""
+    golden = Golden("two_towers_siglip")
+    arrays = {k: a for k, a in golden.arrays.items() if k.startswith("params/") and "txt/head" not in k}
+    table = "params/txt/Embed_0/embedding"
+    arrays[table] = np.resize(arrays[table], (vocabulary, arrays[table].shape[1]))
+    np.savez(tmp_path / "siglip.npz", **arrays)
+    c = _config(golden)
+    config = replace(c, text=replace(c.text, vocabulary=vocabulary))
+    if vocabulary != siglip.MULTILINGUAL:
+        with pytest.raises(ValueError, match="2 tensors do not fit the model: missing text_model.head.weight"):
+            models.load_pretrained(tmp_path / "siglip.npz", config=config)
+        return
+    model = models.load_pretrained(tmp_path / "siglip.npz", config=config)
+    ids = torch.randint(vocabulary, (3, c.text.length))
+    assert torch.equal(model.text_model(ids), model.text_model.tokens(ids)[:, -1])
 
 
 def _vision(name: str, stacked: bool) -> tuple[Golden, VisionTower]:

@@ -1,6 +1,7 @@
 """SigLIP against implementations that this project did not write, with random weights: outputs and all gradients."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,18 @@ def test_open_clip(config, tmp_path):
         _dense_equal(ours.encode_text(ids), text)
         _dense_equal(ours.logit_scale.exp(), scale.reshape(1))
     assert torch.equal(ours.logit_bias, theirs.logit_bias.reshape(1))
+
+
+def test_open_clip_without_a_text_projection(tmp_path):
+    """siglip-so400m-patch16-256-i18n, but small."""
+    config = next(c for c in CONFIGS.values() if c.text.width == c.vision.width)
+    config = replace(config, text=replace(config.text, vocabulary=models.siglip.MULTILINGUAL))
+    theirs = randomize(open_clip_model(config))
+    theirs.text.text_projection = None
+    save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}, tmp_path / "all.safetensors")
+    ours = models.load_pretrained(tmp_path / "all.safetensors", config=config)
+    with torch.no_grad():
+        _dense_equal(ours.encode_text(_inputs(config)[1]), theirs(*_inputs(config))[1])
 
 
 def test_heads_of_known_widths(tmp_path):

@@ -16,6 +16,7 @@ RELEASED = {
     *(f"siglip-large-patch16-{side}" for side in (256, 384)),
     *(f"siglip-so400m-patch14-{side}" for side in (224, 384)),
     "siglip-base-patch16-256-multilingual",
+    "siglip-so400m-patch16-256-i18n",
     "siglip2-base-patch32-256",
     *(f"siglip2-base-patch16-{side}" for side in (224, 256, 384, 512)),
     *(f"siglip2-large-patch16-{side}" for side in (256, 384, 512)),
@@ -87,6 +88,7 @@ def test_sizes_that_names_do_not_tell():
     assert PRESETS["siglip-so400m-patch14-384"].text.length == 64
     assert PRESETS["siglip-so400m-patch14-384"].vision.patches == 27 * 27
     vocabularies = {name: PRESETS[name].text.vocabulary for name in RELEASED}
-    assert vocabularies.pop("siglip-base-patch16-256-multilingual") == 250_000
+    for name in ("siglip-base-patch16-256-multilingual", "siglip-so400m-patch16-256-i18n"):
+        assert vocabularies.pop(name) == 250_000
     assert {v for name, v in vocabularies.items() if name.startswith("siglip-")} == {32_000}
     assert {v for name, v in vocabularies.items() if name.startswith("siglip2-")} == {256_000}

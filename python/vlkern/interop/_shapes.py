@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 from vlkern.errors import UserError
 from vlkern.models import naflex, siglip
 from vlkern.models.state import Checkpoint, Source, need
@@ -38,6 +40,24 @@ def given(checkpoint: Checkpoint, config: object, kind: type[Config]) -> Config 
             f"{checkpoint.path} holds {holds}: config must be a {kind.__name__}, got {type(config).__name__}"
         )
     return config
+
+
+def no_head(checkpoint: Checkpoint, c: siglip.SiglipConfig, head: str, norm: str) -> dict[str, Source]:
+    """An identity for the text head of siglip-so400m-patch16-256-i18n, which was trained without one.
+
+    Args:
+        checkpoint: in Hugging Face's form it has this identity.
+        c: only a multilingual tower as wide as that of the images may lack its head: of others it is missing.
+        head: what the names of the head's tensors would begin with.
+        norm: name of the scale [D] of the tower's last LayerNorm.
+    """
+    lacks = not any(name.startswith(head) for name in checkpoint.shapes)
+    if not lacks or c.text.vocabulary != siglip.MULTILINGUAL or c.text.width != c.vision.width:
+        return {}
+    return {
+        "text_model.head.weight": Source((norm,), lambda scale: torch.eye(len(scale))),
+        "text_model.head.bias": Source((norm,), lambda scale: torch.zeros(len(scale))),
+    }
 
 
 def heads(checkpoint: Checkpoint, width: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from vlkern.interop._shapes import Plan, given, image_size, patch_side
+from vlkern.interop._shapes import Plan, given, image_size, no_head, patch_side
 from vlkern.models.naflex import NaflexConfig, NaflexVisionConfig
 from vlkern.models.siglip import SiglipConfig, TextConfig, VisionConfig
 from vlkern.models.state import Checkpoint, Source, layers, need
@@ -141,6 +141,8 @@ def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
         found[f"vision_model.{name}"] = source
     for name, source in text_sources(c.text, root + _TEXT_ROOT, stacked=stacked).items():
         found[f"text_model.{name}"] = source
+    if isinstance(c, SiglipConfig):
+        found |= no_head(checkpoint, c, f"{root}{_TEXT_ROOT}head/", f"{root}{_TEXT_ROOT}Encoder_0/encoder_norm/scale")
     return Plan(c, found, root)
 
 

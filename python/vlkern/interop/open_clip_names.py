@@ -7,7 +7,7 @@ is what runs here.
 from collections.abc import Collection
 
 from vlkern.interop import timm
-from vlkern.interop._shapes import Plan, given, text_config
+from vlkern.interop._shapes import Plan, given, no_head, text_config
 from vlkern.models.siglip import SiglipConfig, TextConfig
 from vlkern.models.state import Checkpoint, Source, layers, same
 
@@ -30,6 +30,7 @@ def plan(checkpoint: Checkpoint, config: object = None) -> Plan:
     found |= {f"text_model.{name}": source for name, source in _text_sources(c.text).items()}
     for name in ("logit_scale", "logit_bias"):
         found[name] = Source((name,), lambda number: number.reshape(1))
+    found |= no_head(checkpoint, c, f"{_TEXT}text_projection", f"{_TEXT}ln_final.weight")
     return Plan(c, found)
 
 

@@ -91,6 +91,8 @@ class SiglipConfig:
     text: TextConfig
 
 
+#: Vocabulary of the multilingual models of SigLIP 1.
+MULTILINGUAL = 250_000
 # width, depth, heads, mlp
 SIZES = {
     "base": (768, 12, 12, 3072),
@@ -101,10 +103,11 @@ SIZES = {
 # name ({}: side of the image), image tower, text tower, patch, sides, vocabulary, text length
 _RELEASED = (
     ("siglip-base-patch16-{}", "base", "base", 16, (224, 256, 384, 512), 32_000, 64),
-    ("siglip-base-patch16-{}-multilingual", "base", "base", 16, (256,), 250_000, 64),
+    ("siglip-base-patch16-{}-multilingual", "base", "base", 16, (256,), MULTILINGUAL, 64),
     ("siglip-large-patch16-{}", "large", "large", 16, (256, 384), 32_000, 64),
     ("siglip-so400m-patch14-{}", "so400m", "so400m", 14, (224,), 32_000, 16),
     ("siglip-so400m-patch14-{}", "so400m", "so400m", 14, (384,), 32_000, 64),
+    ("siglip-so400m-patch16-{}-i18n", "so400m", "so400m", 16, (256,), MULTILINGUAL, 64),
     ("siglip2-base-patch32-{}", "base", "base", 32, (256,), 256_000, 64),
     ("siglip2-base-patch16-{}", "base", "base", 16, (224, 256, 384, 512), 256_000, 64),
     ("siglip2-large-patch16-{}", "large", "large", 16, (256, 384, 512), 256_000, 64),
