@@ -207,12 +207,15 @@ def test_a_codec_that_is_jpeg_saves_nothing(tmp_path):
     }
     assert saved["WebP"]["pictures"]["a.png"]["all"]["pchip"]["rate"] > 0.1
 
+    last = found.points[-1]  # pretend that it lost nothing
+    found = found._replace(points=[*found.points[:-1], replace(last, psnr=math.inf)])
     names = write(found, "a model", "a folder", ["c.png: <broken>"], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(names)
     plots = {f"{plot}.{kind}" for plot in ("rate_distortion", "pictures") for kind in ("svg", "png")}
     assert set(names) == {*plots, "report.html", "results.json"}
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert len(results["points"]) == 2 * (6 + 6 + 4)
+    assert [p["psnr"] is None for p in results["points"]] == [False] * 31 + [True]
     assert results["curve"][0]["bpp"] == mean_curve(found.points, "ours").rates[0]
     assert results["settings"]["JPEG"] == "4:2:0, optimize" and results["skipped"] == ["c.png: <broken>"]
     page = (tmp_path / "report.html").read_text()

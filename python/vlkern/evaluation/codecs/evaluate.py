@@ -1,6 +1,7 @@
 """All that an evaluation of a codec finds, and the files that it leaves."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -87,6 +88,15 @@ def evaluate(
     return Evaluation(contestants, points, shown)
 
 
+def _plain(value: Any) -> Any:
+    """As JSON can say it, which knows nothing infinite, such as the PSNR of equal pixels: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def write(found: Evaluation, model: str, data: str, skipped: Sequence[str], folder: Path) -> list[str]:
     """Plots, report.html and, last of all, results.json; each is there completely or not at all.
 
@@ -119,7 +129,7 @@ def write(found: Evaluation, model: str, data: str, skipped: Sequence[str], fold
     files = [
         *(file for plot in drawn for file in plot),
         ("report.html", page(about, saved, (curve, seconds), drawn, found.crops, skipped).encode()),
-        ("results.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode()),
+        ("results.json", (json.dumps(_plain(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()),
     ]
     for name, content in files:
         write_file(folder / name, content)
