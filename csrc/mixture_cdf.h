@@ -120,9 +120,10 @@ VLKERN_MIXTURE_CODE int32_t cdf(const Mixture& m, int32_t low, int32_t n, int32_
 }
 
 #ifndef __CUDACC__
-// What vectors (mixture_cdf.inc) read at once: PHI[q] - 1.5 2^52 and PHI[q + 1] - PHI[q]; SIG and 1 / SIG.
+// What vectors (mixture_cdf.inc) read at once: PHI[q] - 1.5 2^52 and PHI[q + 1] - PHI[q]; SIG and 1 / SIG,
+// for every byte.
 struct Pairs {
-  double phi[2 * kSteps * kReach + 1][2], sigma[kScales][2];
+  double phi[2 * kSteps * kReach + 1][2], sigma[256][2];
 
   constexpr Pairs() : phi(), sigma() {
     constexpr int kLast = 2 * kSteps * kReach;
@@ -130,7 +131,7 @@ struct Pairs {
       phi[q][0] = kPhi[q] - 0x1.8p52;
       phi[q][1] = q < kLast ? kPhi[q + 1] - kPhi[q] : 0;
     }
-    for (int s = 0; s < kScales; ++s) sigma[s][0] = kSigma[s], sigma[s][1] = 1.0 / kSigma[s];
+    for (int s = 0; s < 256; ++s) sigma[s][0] = kSigma[s % kScales], sigma[s][1] = 1.0 / kSigma[s % kScales];
   }
 };
 inline constexpr Pairs kPairs;

@@ -34,15 +34,33 @@ void append_escape(std::string& out, int32_t symbol) {
   out.push_back(char(rest));
 }
 
+// x = q width + rest, for x < 2^63.
+//
+// q is found with `inverse`, a little below 2^63 / width, and is seldom too small: multiplications take half
+// as long as a division.
+struct Divided {
+  uint64_t q, rest;
+};
+inline Divided divide(uint64_t x, uint64_t width, uint64_t inverse) {
+  uint64_t q = uint64_t(static_cast<unsigned __int128>(x << 1) * inverse >> 64), rest = x - q * width;
+  if (rest >= width) [[unlikely]] {
+    q += rest / width;
+    rest %= width;
+  }
+  return {q, rest};
+}
+
 std::string encode(Format format, int64_t count, Source& source) {
   return with_coder(format.kind, [&]<class C>(C) {
     using State = typename C::State;
     using Word = typename C::Word;
+    constexpr bool kWide = sizeof(State) == 8;
     const int lanes = format.lanes, precision = format.precision;
     std::vector<State> states(lanes, C::kLeast);
     std::vector<Word> words;             // in reverse
     constexpr int kChunk = 16 * kBlock;  // memory is read forwards within it
     std::vector<Range> ranges(kChunk);
+    std::vector<uint64_t> inverses(kWide ? kChunk : 0);
     std::string escapes, reversed;
     size_t used = 0;
     int lane = int(count % lanes);
@@ -53,18 +71,35 @@ std::string encode(Format format, int64_t count, Source& source) {
       for (int i = 0; i < n; i += kBlock)
         source.ranges(end + i, std::min(kBlock, n - i), &ranges[i], escapes);
       reversed.append(escapes.rbegin(), escapes.rend());
+      if constexpr (kWide)
+        for (int i = 0; i < n; ++i)
+          inverses[i] = uint64_t(int64_t((0x1p62 - 0x1p10) / int32_t(ranges[i].width))) << 1;
       if (words.size() < used + C::kMostWords * n) words.resize(2 * words.size() + C::kMostWords * kChunk);
       Word* out = words.data() + used;
-      for (int i = n; i-- > 0;) {
-        lane = lane ? lane - 1 : lanes - 1;
+      auto put = [&](State& x, int i) {
         const Range r = ranges[i];
         // (L b / M) f may need one bit more than a state has; half of it does not.
-        State x = states[lane], half = (State(1) << (C::kLow - precision + C::kWordBits - 1)) * r.width;
+        const State half = (State(1) << (C::kLow - precision + C::kWordBits - 1)) * r.width;
         while ((x >> 1) >= half) {
           *out++ = Word(x);
           x >>= C::kWordBits;
         }
-        states[lane] = (x / r.width << precision) + x % r.width + r.start;
+        if constexpr (kWide) {
+          const Divided d = divide(x, r.width, inverses[i]);
+          x = (d.q << precision) + d.rest + r.start;
+        } else {
+          x = (x / r.width << precision) + x % r.width + r.start;
+        }
+      };
+      int i = n;
+      if (lanes == 2) {  // in registers
+        State a = states[!lane], b = states[lane];
+        for (; i >= 2; i -= 2) put(a, i - 1), put(b, i - 2);
+        states[!lane] = a, states[lane] = b;
+      }
+      while (i-- > 0) {
+        lane = lane ? lane - 1 : lanes - 1;
+        put(states[lane], i);
       }
       used = out - words.data();
     }

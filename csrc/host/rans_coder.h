@@ -50,8 +50,7 @@ void Decoder::get_as(int32_t* symbols, int64_t count, Finder& finder) {
   for (int64_t first = 0; first < count; first += kBlock) {
     const int n = int(std::min<int64_t>(kBlock, count - first));
     finder.block(first, n);
-    for (int i = 0; i < n; ++i) {
-      State x = State(states[lane]);
+    auto get = [&](State& x, int i) {
       const uint32_t slot = uint32_t(x & mask);
       const Found found = finder.find(i, slot);
       x = C::after(x, found.range, slot, precision);
@@ -60,14 +59,24 @@ void Decoder::get_as(int32_t* symbols, int64_t count, Finder& finder) {
         x = (x << C::kWordBits) | load<Word>(in);
         in += sizeof(Word);
       }
-      states[lane] = x;
-      lane = lane + 1 == lanes ? 0 : lane + 1;
       symbols[first + i] = found.symbol;
-      if (found.escaped) {
+      if (found.escaped) [[unlikely]] {
         in_ = in;
         symbols[first + i] = escaped();
         if (finder.holds(i, symbols[first + i])) throw Damaged("an escaped symbol is one of its table");
       }
+    };
+    int i = 0;
+    if (lanes == 2) {  // in registers
+      State a = State(states[lane]), b = State(states[!lane]);
+      for (; i + 2 <= n; i += 2) get(a, i), get(b, i + 1);
+      states[lane] = a, states[!lane] = b;
+    }
+    for (; i < n; ++i) {
+      State x = State(states[lane]);
+      get(x, i);
+      states[lane] = x;
+      lane = lane + 1 == lanes ? 0 : lane + 1;
     }
   }
   lane_ = lane;

@@ -37,11 +37,12 @@ class Finder {
 
   void block(int64_t first, int count) {
     check(guesses_of_(mixtures_, start_ + first, count, sweep_, guesses_.data()));
+    for (int i = 0; i < count; ++i) centres_[i] = int32_t(sweep_.low[i] + sweep_.half[i]);
   }
 
   Found find(int i, uint32_t slot) const {
     const Range guess = guesses_[i];
-    if (slot - guess.start < guess.width) return {guess, int32_t(sweep_.low[i] + sweep_.half[i]), false};
+    if (slot - guess.start < guess.width) return {guess, centres_[i], false};
     return find_(sweep_, i, guess, slot);
   }
 
@@ -53,12 +54,28 @@ class Finder {
   const Mixtures& mixtures_;
   int64_t start_;
   Sweep sweep_;
-  std::array<Range, kBlock> guesses_;  // of the symbols in the middle of their windows
+  std::array<Range, kBlock> guesses_;    // of the symbols in the middle of their windows
+  std::array<int32_t, kBlock> centres_;  // those symbols
   bool (*guesses_of_)(const Mixtures&, int64_t, int, Sweep&, Range*);
   Found (*find_)(const Sweep&, int, Range, uint32_t);
 };
 
 }  // namespace
+
+Mixtures Sweep::pieces(const Mixtures& m, int64_t first, int count) {
+  const int padded = (count + 3) / 4 * 4;
+  for (int i = 0, run; i < padded; i += run) {
+    const int64_t at = i < count ? first + i : first, row = at / m.channels, channel = at % m.channels;
+    run = i < count ? int(std::min<int64_t>(m.channels - channel, count - i)) : 1;
+    for (int c = 0; c < m.components; ++c) {
+      const int64_t from = (row * m.components + c) * m.channels + channel, to = c * kBlock + i;
+      std::copy_n(m.means + from, run, means_ + to);
+      std::copy_n(m.scales + from, run, scales_ + to);
+      std::copy_n(m.weights + from, run, weights_ + to);
+    }
+  }
+  return {means_, scales_, weights_, kBlock, m.components};
+}
 
 MixtureSource::MixtureSource(const Format& format, const int32_t* symbols, const Mixtures& mixtures,
                              int64_t start)

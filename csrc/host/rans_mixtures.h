@@ -18,24 +18,31 @@ struct Mixtures {
   static constexpr int kMostComponents = 16;
 };
 
-// What is known of a block of symbols: a field of each lies kBlock doubles behind the one before.
+// What is known of a block of symbols.
 struct Sweep {
-  explicit Sweep(int components) : components(components), all(4 * components * kBlock) {}
+  explicit Sweep(int components) : components(components), all(3 * components * kBlock) {}
 
   int components;
   std::vector<double> all;
-  double low[kBlock], half[kBlock];  // the window, low ... low + 2 half - 1
-  double before[kBlock];             // F(low - 1)
-  double bin[kBlock];                // that an encoder asks for; 2 half is the escape
+  alignas(32) double low[kBlock], half[kBlock];  // the window, low ... low + 2 half - 1
+  alignas(32) double before[kBlock];             // F(low - 1)
+  alignas(32) double bin[kBlock];                // that an encoder asks for; 2 half is the escape
 
-  double* means(int m) { return &all[4 * m * kBlock]; }
-  double* weights(int m) { return means(m) + kBlock; }
-  double* sigma(int m) { return means(m) + 2 * kBlock; }
-  double* inverse(int m) { return means(m) + 3 * kBlock; }  // 1 / sigma
-  const double* means(int m) const { return &all[4 * m * kBlock]; }
-  const double* weights(int m) const { return means(m) + kBlock; }
-  const double* sigma(int m) const { return means(m) + 2 * kBlock; }
-  const double* inverse(int m) const { return means(m) + 3 * kBlock; }
+  // What Component is made of, of component m: arrays one behind the other.
+  double* start(int m) { return &all[3 * m * kBlock]; }
+  double* inverse(int m) { return start(m) + kBlock; }
+  double* weight(int m) { return start(m) + 2 * kBlock; }
+  const double* start(int m) const { return &all[3 * m * kBlock]; }
+  const double* inverse(int m) const { return start(m) + kBlock; }
+  const double* weight(int m) const { return start(m) + 2 * kBlock; }
+
+  // Parameters of a block that lie in several rows, put together; up to a multiple of 4 like the first ones.
+  Mixtures pieces(const Mixtures& m, int64_t first, int count);
+
+ private:
+  int32_t means_[Mixtures::kMostComponents * kBlock];
+  uint8_t scales_[Mixtures::kMostComponents * kBlock];
+  int16_t weights_[Mixtures::kMostComponents * kBlock];
 };
 
 // The symbols of mixtures from `start` on. Throws std::invalid_argument where there are no mixtures.

@@ -59,9 +59,9 @@ std::tuple<Tensor, Tensor> mixture_window(const Tensor& means, const Tensor& sca
   with_kernels([&]<class Kernels>() {
     const int64_t piece = std::max<int64_t>(1, kPiece / (grid.channels * grid.components));
     torch::stable::parallel_for(0, low.numel() / grid.channels, piece, [&](int64_t begin, int64_t end) {
-      std::vector<typename Kernels::Part> parts(grid.components);
+      std::vector<typename Kernels::Given> given(grid.components);
       for (int64_t i = begin; i < end; ++i)
-        Kernels::windows(grid(i, 0), parts.data(), first + i * grid.channels, reach + i * grid.channels);
+        Kernels::windows(grid(i, 0), given.data(), first + i * grid.channels, reach + i * grid.channels);
     });
   });
   return {low, half};
