@@ -207,10 +207,11 @@ def test_results_follow_the_schema(repository: Path) -> None:
 
 
 def test_a_partial_run_keeps_the_other_cases() -> None:
-    def result(*rows: tuple[str, str, int], torch_version: str = "2") -> dict[str, Any]:
+    def result(*rows: tuple[str, str, int], torch_version: str = "2", batch: int = 1) -> dict[str, Any]:
         head = {"schema": 1, "op": "rms_norm", "hardware": {}, "versions": {"torch": torch_version}, "settings": {}}
         ceilings = {"matmul_TFLOPs": {dtype: 1.0 for _, dtype, _ in rows}}
-        return {**head, "ceilings": ceilings, "rows": [{"sample": a, "dtype": b, "run": c} for a, b, c in rows]}
+        entered = [{"sample": a, "shape": [batch, 64], "dtype": b, "run": c} for a, b, c in rows]
+        return {**head, "ceilings": ceilings, "rows": entered}
 
     old = result(("one", "fp32", 1), ("gemma3_270m", "fp32", 1), ("gemma3_270m", "bf16", 1))
     new = result(("gemma3_270m", "fp32", 2))
@@ -223,6 +224,8 @@ def test_a_partial_run_keeps_the_other_cases() -> None:
     assert both["ceilings"]["matmul_TFLOPs"] == {"fp32": 1.0, "bf16": 1.0}
     models = [{**result(("tiny token", dtype, 1)), "op": "gemma_decode"} for dtype in ("fp32", "bf16")]
     assert [row["dtype"] for row in cli.merged(*models)["rows"]] == ["fp32", "bf16"]
+    batches = [{**result(("tiny", "fp32", n), batch=n), "op": "maskgit"} for n in (16, 1)]
+    assert [row["shape"] for row in cli.merged(*batches)["rows"]] == [[1, 64], [16, 64]]
     other = result(("gemma3_270m", "fp32", 2), torch_version="3")
     assert cli.merged(other, old) == other
 

@@ -41,13 +41,17 @@ def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """`new` plus those cases of `old` that it did not run, if machine, versions and settings are the same."""
     if any(new[key] != old.get(key) for key in ("schema", "hardware", "versions", "settings")):
         return new
-    ran = {(row["sample"], row["dtype"]) for row in new["rows"]}
-    rows = new["rows"] + [row for row in old["rows"] if (row["sample"], row["dtype"]) not in ran]
+
+    def case(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["sample"], tuple(row["shape"]), row["dtype"]  # a race of models names its batches alike
+
+    ran = {case(row) for row in new["rows"]}
+    rows = new["rows"] + [row for row in old["rows"] if case(row) not in ran]
     if new["op"] in RACES:
         samples = [sample.name for sample in samples_of(new["op"]).SAMPLES]
     else:  # a race of models, whose samples are named as they come
         samples = list(dict.fromkeys(row["sample"] for row in old["rows"] + new["rows"]))
-    rows.sort(key=lambda row: (samples.index(row["sample"]), list(ALL_DTYPES).index(row["dtype"])))
+    rows.sort(key=lambda row: (samples.index(row["sample"]), row["shape"], list(ALL_DTYPES).index(row["dtype"])))
     rates = {**old["ceilings"]["matmul_TFLOPs"], **new["ceilings"]["matmul_TFLOPs"]}
     return {**new, "ceilings": {**new["ceilings"], "matmul_TFLOPs": rates}, "rows": rows}
 
