@@ -13,10 +13,11 @@ MOST_TOKENS = 16
 
 
 def _four(name: str, t: torch.Tensor, letters: str) -> None:
-    if t.dim() != 4:
-        raise ValueError(f"{name} must have shape {letters}, got {list(t.shape)}")
-    if not 0 < t.shape[3] <= LARGEST_HEAD or t.shape[3] % 8:
-        raise ValueError(f"{name} must have a head dim that is a multiple of 8 up to {LARGEST_HEAD}, got {t.shape[3]}")
+    shape = t.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have shape {letters}, got {list(shape)}")
+    if not 0 < shape[3] <= LARGEST_HEAD or shape[3] % 8:
+        raise ValueError(f"{name} must have a head dim that is a multiple of 8 up to {LARGEST_HEAD}, got {shape[3]}")
 
 
 def _stored(name: str, value: Any, q: torch.Tensor) -> torch.Tensor:
@@ -75,13 +76,14 @@ def _bind(
     batch, tokens, heads, width = q.shape
     if not 0 < tokens <= MOST_TOKENS:
         raise ValueError(f"q must have 1 to {MOST_TOKENS} tokens a row, got {tokens}")
-    if k.shape[0] != batch or k.shape[3] != width:
+    rows, slots, key_heads, key_width = k.shape
+    if rows != batch or key_width != width:
         raise ValueError(f"k must have shape [{batch}, S, K, {width}], got {list(k.shape)}")
-    if k.shape[1] == 0:
+    if slots == 0:
         raise ValueError("k must have at least one slot, got 0")
-    if k.shape[2] == 0 or heads == 0 or heads % k.shape[2]:
-        raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {heads}")
-    _checks.shape("v", v, (batch, k.shape[1], k.shape[2], v.shape[3]))
+    if key_heads == 0 or heads == 0 or heads % key_heads:
+        raise ValueError(f"q must have a multiple of k's {key_heads} heads, got {heads}")
+    _checks.shape("v", v, (batch, slots, key_heads, v.shape[3]))
     if v.dtype != k.dtype:
         raise TypeError(f"v must have the dtype of k, {k.dtype}, got {v.dtype}")
     if length.dtype != torch.int32:
@@ -93,7 +95,7 @@ def _bind(
         raise TypeError(f"window must be an int or None, got {type(window).__name__}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    _check_lengths(length, tokens, k.shape[1], window)
+    _check_lengths(length, tokens, slots, window)
     scale = width**-0.5 if scale is None else _checks.number("scale", scale)
     softcap = None if softcap is None else _checks.number("softcap", softcap, positive=True)
     return q, k, v, length, k_scale, v_scale, window, scale, softcap

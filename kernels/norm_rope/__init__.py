@@ -34,8 +34,9 @@ def check_weight(name: str, value: Any, x_name: str, x: torch.Tensor) -> torch.T
 def check_heads(name: str, value: Any) -> torch.Tensor:
     """`value`, which must be [tokens, heads, head dim] with an even head dim."""
     t = _checks.floating(name, value)
-    if t.dim() != 3 or t.shape[2] == 0 or t.shape[2] % 2:
-        raise ValueError(f"{name} must have shape [tokens, heads, even head dim], got {list(t.shape)}")
+    shape = t.shape
+    if len(shape) != 3 or shape[2] == 0 or shape[2] % 2:
+        raise ValueError(f"{name} must have shape [tokens, heads, even head dim], got {list(shape)}")
     return t
 
 

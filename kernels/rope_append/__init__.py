@@ -23,8 +23,9 @@ def _cache(name: str, value: Any, of_name: str, of: torch.Tensor) -> torch.Tenso
     t = _checks.tensor(name, value)
     if t.dtype not in (torch.int8, of.dtype):
         raise TypeError(f"{name} must have the dtype of {of_name}, {of.dtype}, or be int8, got {t.dtype}")
-    if t.dim() != 4 or tuple(t.shape[2:]) != tuple(of.shape[1:]) or t.shape[1] == 0:
-        raise ValueError(f"{name} must have shape [B, S, {of.shape[1]}, {of.shape[2]}], S >= 1, got {list(t.shape)}")
+    shape, (_, heads, width) = t.shape, of.shape
+    if len(shape) != 4 or shape[2] != heads or shape[3] != width or shape[1] == 0:
+        raise ValueError(f"{name} must have shape [B, S, {heads}, {width}], S >= 1, got {list(shape)}")
     if not t.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(t.stride())}")
     _checks.on_device(name, t, of_name, of)
@@ -67,8 +68,10 @@ def _bind(
     offset: float = 1.0,
 ) -> tuple[Any, ...]:
     q, k, v = check_heads("q", q), check_heads("k", k), check_heads("v", v)
-    _checks.shape("k", k, (q.shape[0], k.shape[1], q.shape[2]))
-    _checks.shape("v", v, (*k.shape[:2], v.shape[2]))
+    tokens, _, width = q.shape
+    _, heads, _ = k.shape
+    _checks.shape("k", k, (tokens, heads, width))
+    _checks.shape("v", v, (tokens, heads, v.shape[2]))
     _checks.same("k", k, "q", q)
     _checks.same("v", v, "q", q)
     cos, sin = check_angles("cos", cos, "q", q), check_angles("sin", sin, "q", q)

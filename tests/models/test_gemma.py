@@ -10,7 +10,7 @@ from peers import randomize
 
 from vlkern import models
 from vlkern.models.gemma import PRESETS, Gemma, GemmaConfig
-from vlkern.testing import assert_as_good, direction
+from vlkern.testing import assert_as_good, direction, record
 
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -272,6 +272,30 @@ def test_compiled():
     for tokens in torch.randint(83, (6, 2)):  # past the window
         torch.testing.assert_close(fast(tokens, compiled), step(tokens, expected))
     assert compiled.length.tolist() == [6, 6]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+def test_a_step_calls_modules_that_are_watched_or_replaced(name):
+    """A few tokens take a shorter way past the modules; not where that would be noticed."""
+    model = randomize(Gemma(replace(CONFIGS[name], depth=1, pattern="G", window=None)))
+    layer = model.model.layers[0]
+
+    def step():
+        caches = model.new_caches(1, 1)
+        return model.extend(model.embed(torch.tensor([5])), caches.step(), caches)
+
+    with record() as calls:
+        expected = step()
+    assert sum("decode_linear" in call.op._schema.name for call in calls) == 4
+    for part in (layer.self_attn.k_proj, layer.mlp.down_proj, layer.input_layernorm, layer.self_attn, layer.mlp):
+        seen = []
+        handle = part.register_forward_hook(lambda module, x, y, seen=seen: seen.append(y))
+        torch.testing.assert_close(step(), expected)
+        handle.remove()
+        assert len(seen) == 1
+    layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
+    torch.testing.assert_close(step(), expected)
 
 
 def test_tiny_preset_has_every_kind_of_layer():

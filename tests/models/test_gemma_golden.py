@@ -11,7 +11,8 @@ import vlkern
 from vlkern import models, ops
 from vlkern.interop import gemma_jax
 from vlkern.layers.rope import Rope
-from vlkern.models.gemma import Gemma, GemmaConfig, Rows
+from vlkern.layers.rope_memory import Rows
+from vlkern.models.gemma import Gemma, GemmaConfig
 from vlkern.models.state import Source
 
 

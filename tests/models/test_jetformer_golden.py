@@ -9,7 +9,7 @@ from goldens import Golden, assert_close, assert_gradients
 from vlkern import models, ops
 from vlkern.generation import jetformer as sampling
 from vlkern.interop import jet_jax, jetformer_jax
-from vlkern.models.gemma import Rows
+from vlkern.layers.rope_memory import Rows
 from vlkern.models.jet import JetConfig
 from vlkern.models.jetformer import JetFormerConfig
 from vlkern.models.patch_pca import PatchPca, PatchPcaConfig

@@ -15,14 +15,26 @@ def is_step(x_TD: torch.Tensor) -> bool:
     return x_TD.is_cpu and x_TD.shape[0] <= MOST_ROWS
 
 
-def untouched(*modules: nn.Module) -> bool:
-    """Does a call of these modules do what their classes say: are there no hooks, and no layers of another kind?
+def plain_weights(module: nn.Module, *containers: type[nn.Module]) -> dict[str, torch.Tensor] | None:
+    """The weights of a module's norms and of its linear layers without bias, by the names of these; of containers' too.
 
-    A `Linear` that was replaced (LoRA, quantisation) or is being watched must be called as a module.
+    None if a call of one of them does more than its class says: somebody waits for what it gives (hooks), or has put
+    something else in its place (LoRA, quantisation). Then it must be called as a module.
     """
-    for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if type(module) is not RMSNorm and not (type(module) is Linear and module.bias is None is module.activation):
-            return False
-    return True
+    weights: dict[str, torch.Tensor] = {}
+    # Module.__getattr__ would take a microsecond or two for each name, as long as many a kernel.
+    for name, part in module._modules.items():
+        if part is None:
+            continue
+        if part._forward_hooks or part._forward_pre_hooks:
+            return None
+        kind = type(part)
+        if kind in containers:
+            if (inner := plain_weights(part)) is None:
+                return None
+            weights |= inner
+        elif kind is RMSNorm or (kind is Linear and part._parameters["bias"] is None is part.activation):
+            weights[name] = part._parameters["weight"]  # type: ignore[assignment]
+        else:
+            return None
+    return weights

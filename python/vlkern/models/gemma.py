@@ -31,7 +31,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ from vlkern.layers.linear import Linear
 from vlkern.layers.norm import RMSNorm
 from vlkern.layers.packed import check_cu_seqlens
 from vlkern.layers.rope import Rope
-from vlkern.layers.step import is_step, untouched
+from vlkern.layers.rope_memory import Memory, Rows
+from vlkern.layers.step import is_step, plain_weights
 
 
 @dataclass(frozen=True)
@@ -140,51 +141,6 @@ _MODELS: tuple[tuple[str, dict[str, Any], tuple[Any, ...]], ...] = (
 PRESETS = {name: GemmaConfig(*sizes, **common) for name, common, sizes in _MODELS}
 
 
-class Memory(Protocol):
-    """What a layer attends to: the chunk itself (`Rows`), or a cache, which appends the chunk first."""
-
-    def attend(
-        self,
-        q_THC: torch.Tensor,
-        k_TKC: torch.Tensor,
-        v_TKC: torch.Tensor,
-        chunk: Chunk | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Normalise q and k by head if there are weights, rotate them, and attend -> [T, H, C]."""
-
-
-class Rows(NamedTuple):
-    """Whole rows without a cache: token i sees the tokens start[i] <= j < stop[i], [T] int32. Differentiable."""
-
-    start: torch.Tensor
-    stop: torch.Tensor
-
-    def attend(
-        self,
-        q_THC: torch.Tensor,
-        k_TKC: torch.Tensor,
-        v_TKC: torch.Tensor,
-        chunk: None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """[T, H, C], [T, K, C], [T, K, C] -> [T, H, C]."""
-        q_THC, k_TKC = ops.norm_rope(q_THC, cos, sin, q_weight), ops.norm_rope(k_TKC, cos, sin, k_weight)
-        return ops.interval_attention(q_THC, k_TKC, v_TKC, self.start, self.stop, scale=scale, softcap=softcap)
-
-
 class Attention(nn.Module):
     """Grouped-query attention; in Gemma 3 with an RMS norm of queries and keys, shared by the heads."""
 
@@ -249,8 +205,8 @@ class Layer(nn.Module):
         self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        if is_step(x_TD) and self._is_plain():
-            return self._step(x_TD, memory, chunk, cos, sin)
+        if is_step(x_TD) and (weights := plain_weights(self, Attention, GatedMlp)) is not None:
+            return self._step(x_TD, weights, memory, chunk, cos, sin)
         attended_TD = self.self_attn(self.input_layernorm(x_TD), memory, chunk, cos, sin)
         if not self.sandwich:  # Gemma 1, whose second norm has a name that fits Gemma 2 better
             h_TD = x_TD + attended_TD
@@ -258,35 +214,27 @@ class Layer(nn.Module):
         h_TD = x_TD + self.post_attention_layernorm(attended_TD)
         return h_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h_TD)))
 
-    def _is_plain(self) -> bool:
-        """Nobody has replaced a part of this layer or waits for what it gives."""
-        a, mlp = self.self_attn, self.mlp
-        if type(a) is not Attention or type(mlp) is not GatedMlp or any(m._forward_hooks for m in (a, mlp)):
-            return False
-        return untouched(
-            a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj, *self._norms()
-        )
-
-    def _norms(self) -> tuple[RMSNorm, ...]:
-        """Before attention and MLP, and, in Gemma 2 and 3, behind them."""
-        if not self.sandwich:
-            return self.input_layernorm, self.post_attention_layernorm
-        before, behind = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
-        return self.input_layernorm, before, self.post_attention_layernorm, behind
-
     def _step(
-        self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        w: dict[str, torch.Tensor],
+        memory: Memory,
+        chunk: Chunk | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
     ) -> torch.Tensor:
         """`forward` for a few tokens on the CPU, in four products: each with the norm and the sum next to it."""
-        a, mlp = self.self_attn, self.mlp
-        n1, n3, *behind = (norm.weight for norm in self._norms())
-        n2, n4 = behind or (None, None)
-        qkv_TF = ops.decode_linear(x_TD, a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, before=n1, offset=1.0)
-        heads = qkv_TF.view(len(x_TD), a.heads + 2 * a.kv_heads, a.head_dim).split((a.heads, a.kv_heads, a.kv_heads), 1)
-        out_TF = a.attend(*heads, memory, chunk, cos, sin)
-        h_TD = ops.decode_linear(out_TF, a.o_proj.weight, after=n2, residual=x_TD, offset=1.0)
-        u_TF = ops.decode_linear(h_TD, mlp.gate_proj.weight, mlp.up_proj.weight, before=n3, geglu=True, offset=1.0)
-        return ops.decode_linear(u_TF, mlp.down_proj.weight, after=n4, residual=h_TD, offset=1.0)
+        a, linear = self.self_attn, ops.decode_linear
+        before, behind = w["post_attention_layernorm"], (None, None)
+        if self.sandwich:
+            before, behind = w["pre_feedforward_layernorm"], (before, w["post_feedforward_layernorm"])
+        qkv_TF = linear(x_TD, w["q_proj"], w["k_proj"], w["v_proj"], before=w["input_layernorm"], offset=1.0)
+        heads = (a.heads, a.kv_heads, a.kv_heads)
+        qkv = qkv_TF.view(len(x_TD), sum(heads), a.head_dim).split(heads, 1)
+        out_TF = a.attend(*qkv, memory, chunk, cos, sin)
+        h_TD = linear(out_TF, w["o_proj"], after=behind[0], residual=x_TD, offset=1.0)
+        u_TF = linear(h_TD, w["gate_proj"], w["up_proj"], before=before, geglu=True, offset=1.0)
+        return linear(u_TF, w["down_proj"], after=behind[1], residual=h_TD, offset=1.0)
 
 
 class Decoder(nn.Module):
