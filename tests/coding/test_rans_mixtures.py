@@ -1,6 +1,7 @@
 """Symbols with mixtures: the rows of `mixture_cdf` without the rows, any symbol and any mixture, damage, bad input."""
 
 import hypothesis.strategies as st
+import millions
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,6 +79,12 @@ def test_every_symbol_comes_back(data):
     streams = encode_mixtures(symbols, mixtures, threads=1, **options)
     assert streams == encode_mixtures(symbols, mixtures, threads=3, **options)
     assert torch.equal(decode_mixtures(streams, mixtures, threads=2, **options), symbols)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_integers_are_those_of_the_definition(seed):
+    """A few of what `python tests/coding/millions.py` compares: one of the draws with every number of components."""
+    assert millions.compare(seed) == millions.POINTS * millions.CHANNELS
 
 
 def test_a_stream_of_tables_and_mixtures_in_portions():

@@ -1,9 +1,19 @@
-// phi of csrc/mixture_cdf.h, which divides in double precision, against divisions of 64-bit integers: every
-// num within 9 standard deviations of every scale, and powers of two beyond.
+// phi of csrc/mixture_cdf.h, which divides in double precision, and of its vectors, which multiply, against
+// divisions of 64-bit integers: every num within 9 standard deviations of every scale, and powers of two
+// beyond.
+#include <bit>
 #include <cstdio>
+#include <cstring>
 
 #include "mixture_cdf.h"
 
+#define VLKERN_INLINE inline
+#define VLKERN_INLINE_LAMBDA
+namespace vlkern {
+#include "mixture_cdf.inc"
+}
+
+using namespace vlkern;
 using namespace vlkern::mixture;
 
 static int32_t by_definition(int32_t num, int32_t den) {
@@ -17,7 +27,23 @@ static int32_t by_definition(int32_t num, int32_t den) {
 }
 
 static bool same(int32_t num, int32_t den) {
-  return phi(num, den, 1.0 / den) == by_definition(num, den);
+  const int32_t want = by_definition(num, den);
+  if (phi(num, den, 1.0 / den) != want) return false;
+  // Four mixtures with other means; k and k + 1 of some.
+  Gaussian g;
+  g.mean = Four{0, 1, 2, -256}, g.den = four(den), g.inverse = four(1.0 / den), g.weight = four(1);
+  const Component component(g);
+  const Four alone = component.part(four(num)), at = four(num);
+  const Places found = component.places(at);
+  const Words b = found.bytes;
+  const Four first = component.weighted(found.first, rows(b[0], b[1], b[4], b[5]));
+  const Four second = component.weighted(found.second, rows(b[2], b[3], b[6], b[7]));
+  for (int i = 0; i < 4; ++i) {
+    const int32_t here = num - int32_t(g.mean[i]);
+    if (alone[i] != by_definition(here, den) || first[i] != alone[i]) return false;
+    if (second[i] != by_definition(here + 256, den)) return false;
+  }
+  return true;
 }
 
 int main() {
