@@ -159,8 +159,11 @@ class Attention(nn.Module):
         self, x_TD: torch.Tensor, memory: Memory, chunk: Chunk | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        heads = (proj(x_TD).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(self.attend(*heads, memory, chunk, cos, sin))
+        tokens = x_TD.shape[0]
+        q_THC = self.q_proj(x_TD).view(tokens, self.heads, self.head_dim)
+        k_TKC = self.k_proj(x_TD).view(tokens, self.kv_heads, self.head_dim)
+        v_TKC = self.v_proj(x_TD).view(tokens, self.kv_heads, self.head_dim)
+        return self.o_proj(self.attend(q_THC, k_TKC, v_TKC, memory, chunk, cos, sin))
 
     def attend(
         self,
@@ -225,16 +228,16 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         """`forward` for a few tokens on the CPU, in four products: each with the norm and the sum next to it."""
         a, linear = self.self_attn, ops.decode_linear
-        before, behind = w["post_attention_layernorm"], (None, None)
+        n2, n3, n4 = None, w["post_attention_layernorm"], None
         if self.sandwich:
-            before, behind = w["pre_feedforward_layernorm"], (before, w["post_feedforward_layernorm"])
+            n2, n3, n4 = n3, w["pre_feedforward_layernorm"], w["post_feedforward_layernorm"]
         qkv_TF = linear(x_TD, w["q_proj"], w["k_proj"], w["v_proj"], before=w["input_layernorm"], offset=1.0)
         heads = (a.heads, a.kv_heads, a.kv_heads)
-        qkv = qkv_TF.view(len(x_TD), sum(heads), a.head_dim).split(heads, 1)
-        out_TF = a.attend(*qkv, memory, chunk, cos, sin)
-        h_TD = linear(out_TF, w["o_proj"], after=behind[0], residual=x_TD, offset=1.0)
-        u_TF = linear(h_TD, w["gate_proj"], w["up_proj"], before=before, geglu=True, offset=1.0)
-        return linear(u_TF, w["down_proj"], after=behind[1], residual=h_TD, offset=1.0)
+        q_THC, k_TKC, v_TKC = qkv_TF.view(x_TD.shape[0], sum(heads), a.head_dim).split(heads, 1)
+        out_TF = a.attend(q_THC, k_TKC, v_TKC, memory, chunk, cos, sin)
+        h_TD = linear(out_TF, w["o_proj"], after=n2, residual=x_TD, offset=1.0)
+        u_TF = linear(h_TD, w["gate_proj"], w["up_proj"], before=n3, geglu=True, offset=1.0)
+        return linear(u_TF, w["down_proj"], after=n4, residual=h_TD, offset=1.0)
 
 
 class Decoder(nn.Module):
