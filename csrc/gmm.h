@@ -35,7 +35,7 @@ Sum sum_of_exps(const float* x, int64_t n);
 void softmax(const float* x, int64_t n, const Sum& sum, float factor, float* out);
 
 // Mixtures of one dimension: logits, loc, raw [channels, k], z and nll [channels]. `room` holds
-// channel_room(channels, k) floats.
+// channel_room(k) floats.
 template <class T>
 void channels_nll(const T* logits, const T* loc, const T* raw, int64_t channels, int64_t k, const float* z,
                   float min_scale, float* room, float* nll);
@@ -46,13 +46,8 @@ void channels_gradients(const T* logits, const T* loc, const T* raw, int64_t cha
                         const float* z, const float* grad, float min_scale, float* room, T* d_logits,
                         T* d_loc, T* d_raw, float* d_target);
 
-// Channels that are taken at a time, so that the room lies in the second cache, and that room's floats.
-inline int64_t channels_at_once(int64_t channels, int64_t k) {
-  int64_t fit = (4096 + k - 1) / k;
-  return fit < channels ? fit : channels;
-}
-inline int64_t channel_room(int64_t channels, int64_t k) {
-  return 3 * (channels_at_once(channels, k) * k + kWidest);
+inline int64_t channel_room(int64_t k) {
+  return 5 * (k + 1) * kWidest;
 }
 
 }  // namespace vlkern::gmm

@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> gmm_nll(const Tensor& params_, const Tensor& target, 
     float* out = nll.mutable_data_ptr<float>();
     if (joint) return joint_nll(p, rows, log_weights.mutable_data_ptr<float>(), out);
     p.each_token([&] {
-      return [&, z = buffer(p.room()), room = buffer(gmm::channel_room(p.d, p.k))](int64_t t) {
+      return [&, z = buffer(p.room()), room = buffer(gmm::channel_room(p.k))](int64_t t) {
         const T* row = rows + t * p.parameters;
         p.load_target(t, z.get());
         gmm::channels_nll(row, row + p.d * p.k, row + 2 * p.d * p.k, p.d, p.k, z.get(), p.min_scale,
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> gmm_nll_backward(const Tensor& grad_, const Tensor& p
     const int64_t part = p.d * p.k;
     p.each_token([&] {
       return [&, z = buffer(p.room()), sum = buffer(p.room()),
-              room = buffer(gmm::channel_room(p.d, p.k))](int64_t t) {
+              room = buffer(gmm::channel_room(p.k))](int64_t t) {
         const T* row = rows + t * p.parameters;
         T* slopes = out + t * p.parameters;
         p.load_target(t, z.get());

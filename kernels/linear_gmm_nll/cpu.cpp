@@ -223,7 +223,7 @@ class Head {
   }
 
   // Floats that one token's arithmetic needs beside its parameters.
-  int64_t token_room() const { return s_.joint ? kColumns + s_.k : gmm::channel_room(s_.d, s_.k); }
+  int64_t token_room() const { return s_.joint ? kColumns + s_.k : gmm::channel_room(s_.k); }
 
   // f(block, token, its parameters, room), a tile after the other; tiles of a block follow one another.
   template <class F>
