@@ -14,16 +14,22 @@ using coupling::Problem;
 using coupling::Side;
 
 struct Scale {
-  float s, one_minus, rest;  // s = 1 / (1 + e^-r), 1 - s, e^-|r|: log s = min(r, 0) - log(1 + rest)
+  float s, rest;  // 1 / (1 + e^-r), and 1 less it, which does not cancel
 };
 
-// e^-|r| stops at e^-87, and with it s.
+// e^-r stops at e^-87 and e^87, and with it s.
 VLKERN_INLINE Scale scale_of(float r) {
-  float e = exp_nonpositive(r < 0 ? r : -r), inverse = reciprocal_unit(1.0f + e), small = e * inverse;
-  return {r < 0 ? small : inverse, r < 0 ? inverse : small, e};
+  float x = r < -87.0f ? 87.0f : -r;  // this way round NaN stays NaN
+  x = x < -87.0f ? -87.0f : x;
+  float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // as exp_nonpositive() in simd.h
+  float tail = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float e = std::bit_cast<float>(std::bit_cast<uint32_t>(exp_polynomial(tail)) +
+                                 (std::bit_cast<uint32_t>(shifted) << 23));
+  float s = 1.0f / (1.0f + e);
+  return {s, e * s};
 }
 
-// log(p), 1 <= p < inf: of p = m 2^k with 1 <= m < 2.
+// log(p), 0 < p < inf and normal: of p = m 2^k with 1 <= m < 2.
 VLKERN_INLINE float log_of(float p) {
   uint32_t bits = std::bit_cast<uint32_t>(p);
   float m = std::bit_cast<float>((bits & 0x7fffffu) | 0x3f800000u);
@@ -31,10 +37,10 @@ VLKERN_INLINE float log_of(float p) {
 }
 
 struct Log {
-  float sum, product;  // sum - log(product)
+  float sum, product;  // sum + log(product)
 };
 
-// sum of term(j), j < n, whose products are at most 4: one logarithm for every 32 of them.
+// sum of term(j), j < n, whose products are 1/4 to 1: one logarithm for every 32 of them.
 template <class F>
 VLKERN_INLINE double sum_of_logs(int64_t n, F term) {
   constexpr int kLanes = 32, kFold = 32;
@@ -51,11 +57,11 @@ VLKERN_INLINE double sum_of_logs(int64_t n, F term) {
         products[l] *= log.product;
       }
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) totals[l] += sums[l] - log_of(products[l]);
+    for (int l = 0; l < kLanes; ++l) totals[l] += sums[l] + log_of(products[l]);
   }
   for (; j < n; ++j) {
     Log log = term(j);
-    sum += log.sum - log_of(log.product);
+    sum += log.sum + log_of(log.product);
   }
   for (int l = 0; l < kLanes; ++l) sum += totals[l];
   return sum;
@@ -66,8 +72,9 @@ struct Mapped {
   Log log;  // of s
 };
 
+// log s = min(r, 0) + log max(s, 1 - s)
 VLKERN_INLINE Log log_of(float r, Scale at) {
-  return {r < 0 ? r : 0.0f, 1.0f + at.rest};
+  return {r < 0 ? r : 0.0f, at.s > at.rest ? at.s : at.rest};
 }
 
 // One element: y = (x + u) S s.
@@ -101,7 +108,7 @@ VLKERN_INLINE double map_all(const T* x, const T* u, const T* r, T* y, int64_t n
   if (n % 2) {
     Mapped last = one(to_float(x[n - 1]), to_float(u[n - 1]), to_float(r[n - 1]), most);
     y[n - 1] = from_float<T>(last.value);
-    sum += last.log.sum - log_of(last.log.product);
+    sum += last.log.sum + log_of(last.log.product);
   }
   return sum;
 }
@@ -113,7 +120,7 @@ struct Gradients {
 // One element: dx = g S s, dr = (g y + dl) (1 - s).
 VLKERN_INLINE Gradients backward_one(float g, float y, float r, float dl, float most) {
   Scale at = scale_of(r);
-  return {g * (most * at.s), (g * y + dl) * at.one_minus};
+  return {g * (most * at.s), (g * y + dl) * at.rest};
 }
 
 template <class T>
