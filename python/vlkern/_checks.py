@@ -65,6 +65,16 @@ def shape(name: str, value: torch.Tensor, expected: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {list(expected)}, got {list(value.shape)}")
 
 
+def lengths(value: Any, ids: torch.Tensor) -> None:
+    """`value`, named lengths, must be how many words [B] each of the texts [B, L] has: 1 to L of them."""
+    t = tensor("lengths", value)
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"lengths must be int32 or int64, got {t.dtype}")
+    shape("lengths", t, (len(ids),))
+    if values_may_be_read(t) and bool((wrong := (t < 1) | (t > ids.shape[1])).any()):
+        raise ValueError(f"lengths must be from 1 to {ids.shape[1]}, got {int(t[wrong][0])}")
+
+
 def number(name: str, value: Any, *, positive: bool = False) -> float:
     """`value` as a finite Python float."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from vlkern import _checks, ops
 from vlkern.caches import Caches
-from vlkern.models.jetformer import JetFormer, check_lengths
+from vlkern.models.jetformer import JetFormer
 
 
 def _prompts(
@@ -25,7 +25,7 @@ def _prompts(
     """[bos, text, boi] of all rows: embedded [T, D], cu_seqlens [R + 1], and what each element sees."""
     c = model.config
     if lengths is not None:
-        check_lengths(lengths, ids)
+        _checks.lengths(lengths, ids)
     if guided:
         n = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths
         free = model.unlabelled(len(ids)).to(ids.dtype)

@@ -198,15 +198,6 @@ class Outputs(NamedTuple):
     text: torch.Tensor
 
 
-def check_lengths(lengths: torch.Tensor, ids: torch.Tensor) -> None:
-    """Raise unless these can be the words [B] of each of the texts [B, L]."""
-    if _checks.tensor("lengths", lengths).dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
-    _checks.shape("lengths", lengths, (len(ids),))
-    if _checks.values_may_be_read(lengths) and bool((wrong := (lengths < 1) | (lengths > ids.shape[1])).any()):
-        raise ValueError(f"lengths must be from 1 to {ids.shape[1]}, got {int(lengths[wrong][0])}")
-
-
 def _drop(rate: float, module: nn.Module, _: object, out: torch.Tensor) -> torch.Tensor:
     return F.dropout(out, rate, module.training)
 
@@ -371,7 +362,7 @@ class JetFormer(nn.Module):
         c, words = self.config, self.words(ids)
         _checks.shape("soft", soft_BNd, (len(ids), c.tokens, c.modelled))
         if lengths is not None:
-            check_lengths(lengths, ids)
+            _checks.lengths(lengths, ids)
         if text_first is None:
             text_first = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         _checks.shape("text_first", text_first, (len(ids),))
