@@ -23,7 +23,8 @@ class Clock:
     def __init__(self, device: str, cold: bool = True) -> None:
         self.device = device
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else last_level_cache()
-        self._flush = torch.ones(size // 4 if cold else 0, dtype=torch.int32, device=device)
+        # float32, whose sum PyTorch reads in place: of integers it would write a wider copy.
+        self._flush = torch.ones(size // 4 if cold else 0, dtype=torch.float32, device=device)
 
     def __call__(self, call: Callable[[], object]) -> float:
         """Milliseconds of `call()`."""
