@@ -15,6 +15,8 @@ _CUT_STD = 0.87962566103423978
 
 def lecun_normal_(weight: torch.Tensor, fan_in: int) -> None:
     """flax `lecun_normal`: variance 1 / fan_in, cut at two standard deviations."""
+    if weight.is_meta:  # nothing to draw; PyTorch 2.11 imports torch._dynamo to find that out, `shapes_only` or not
+        return
     std = 1 / math.sqrt(fan_in) / _CUT_STD
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
