@@ -62,6 +62,7 @@ setup(
     version=(ROOT / "python/vlkern/version.txt").read_text().strip(),
     license="Apache-2.0",  # here and not in pyproject.toml, whose notation changed with setuptools 77
     packages=[*find_packages("python"), *kernels, "vlkern.clipart_mini", "vlkern.photos", "vlkern.photos.eval"],
+    py_modules=["vlkern_command"],
     package_dir={
         "": "python",
         "vlkern.clipart_mini": "data/clipart-mini",

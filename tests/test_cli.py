@@ -125,6 +125,24 @@ def test_a_reader_that_leaves_early():
     assert (done.stdout, done.stderr) == ("versions\n", "")
 
 
+@pytest.mark.parametrize("buffered", [True, False])
+def test_help_that_cannot_be_written(buffered, monkeypatch, capfd):
+    with open("/dev/full", "w") as full:
+        full.reconfigure(write_through=not buffered)
+        monkeypatch.setattr("sys.stdout", full)
+        done = call(capfd, "--help")
+        monkeypatch.undo()
+    assert_one_line(done, "standard output: cannot be written (No space left on device)")
+
+
+def test_interrupted_while_pytorch_loads(tmp_path):
+    """By a package of that name: the console command ends as it does later, with one line."""
+    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import vlkern_command; sys.exit(vlkern_command.main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "vlkern: interrupted\n")
+
+
 def test_commands_are_imported_when_used():
     """And a package that is missing then is named."""
     code = """

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 #: command -> (module, what it does)
 COMMANDS = {
@@ -29,7 +29,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports an error as one line, without the usage."""
+    """Reports an error as one line, without the usage; and does not keep quiet when its help cannot be written."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         _fail(message)
@@ -86,6 +89,11 @@ def _run(argv: Sequence[str] | None) -> int:
     return status
 
 
+def _flush() -> None:
+    """Here there is somebody to say that it failed. A closed standard output is None, which `print` puts up with."""
+    print(end="", flush=True)
+
+
 def _mute() -> None:
     """The interpreter's flush of standard output at exit must not complain again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,8 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vlkern.errors import UserError
 
     try:
-        status = _run(argv)
-        sys.stdout.flush()  # here there is somebody to say that it failed
+        try:
+            status = _run(argv)
+        except SystemExit:  # --help
+            _flush()
+            raise
+        _flush()
         return status
     except UserError as error:
         _fail(str(error))

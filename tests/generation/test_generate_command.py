@@ -165,29 +165,32 @@ def test_a_tokenizer_of_nearly_the_models_size(rows, folder, tmp_path, capfd):
         assert "prompts must have tokens from 0 to 1281, got 2 to 1282" in fails(capfd, *asked, "--prompt", "<loc1023>")
 
 
-def test_an_answer_that_cannot_be_written(folder, monkeypatch, capfd):
+def test_an_answer_that_cannot_be_written(folder, picture, monkeypatch, capfd):
     class Full:
         def write(self, text):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sys.stdout", Full())
-    asked = ["--model", folder, "--prompt", "a", "--max-new-tokens", 1]
+    asked = ["--model", folder, "--image", picture, "--prompt", "a", "--max-new-tokens", 1]
     assert "the answer cannot be written (No space left on device)" in fails(capfd, *asked)
 
 
 def test_what_does_not_fit(folder, picture, tmp_path, capfd):
-    asked = ["--model", folder, "--prompt", "a"]
+    asked = ["--image", picture, "--prompt", "a"]
     text = ["--random-weights", "gemma3-tiny", "--prompt", "a"]
     assert "--prompt: has 3 tokens; with 600 more (--max-new-tokens)" in fails(capfd, *text, "--max-new-tokens", 600)
     assert "more than 512, for which" in fails(capfd, *text[:3], "word " * 200, "--max-new-tokens", 5)
     assert "--image: a Gemma sees no pictures, got 1" in fails(capfd, *text, "--image", picture)
+    assert "--image: PaliGemma was trained to speak about pictures" in fails(capfd, "--model", folder, "--prompt", "a")
     assert "<image> in the prompt, 2, got 1" in fails(
         capfd, "--model", folder, "--prompt", "<image><image>a", "--image", picture
     )
     (tmp_path / "other").mkdir()
     data.BytePieces(data.learn_merges(["abc abd"] * 99, 900)).save(tmp_path / "other")
     (tmp_path / "pieces.json").write_text(json.dumps({"merges": [[2 + i, 3 + i] for i in range(99)]}))
-    assert "the tokenizer must have 1283 ids" in fails(capfd, *asked, "--tokenizer", tmp_path / "pieces.json")
+    assert "the tokenizer must have 1283 ids" in fails(
+        capfd, "--model", folder, *asked, "--tokenizer", tmp_path / "pieces.json"
+    )
     models.save_pretrained(models.create("gemma3-tiny"), tmp_path / "gemma")
     other = ["--model", tmp_path / "gemma", "--tokenizer", "bytes", "--prompt", "a"]
     assert "the tokenizer must have about the 2048 ids of the model, got 1283" in fails(capfd, *other)
@@ -196,8 +199,6 @@ def test_what_does_not_fit(folder, picture, tmp_path, capfd):
     assert "expected a Gemma or a PaliGemma, got Siglip" in fails(capfd, "--model", siglip, "--prompt", "a")
     bare = tmp_path / "bare"
     models.save_pretrained(PaliGemma(PRESETS["paligemma-tiny"]), bare)
-    assert "no tokenizer there" in (said := fails(capfd, "--model", bare, "--prompt", "a"))
+    assert "no tokenizer there" in (said := fails(capfd, "--model", bare, *asked))
     assert said.endswith("give one with --tokenizer\n")
-    assert f"--tokenizer: {tmp_path / 'no'}" in fails(
-        capfd, "--model", bare, "--prompt", "a", "--tokenizer", tmp_path / "no"
-    )
+    assert f"--tokenizer: {tmp_path / 'no'}" in fails(capfd, "--model", bare, *asked, "--tokenizer", tmp_path / "no")

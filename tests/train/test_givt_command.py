@@ -90,7 +90,7 @@ def test_pictures_and_figures(shard, autoencoder, unbroken, tmp_path, capsys):
         results = json.loads((tmp_path / "report/results.json").read_text())
         nats = [value for name, value in results.items() if name.startswith("nats a token")]
         assert len(nats) == 2 and all(0 < value < 20 for value in nats)
-    capsys.readouterr()
+    assert " 12 pictures of 3 classes\n" in capsys.readouterr().out
     for more, message in (
         (["--class", "foo"], "class 'foo' is unknown (did you mean 'food'?)"),
         (["--prompt", "a cat"], "--prompt: a masked GIVT has no use for it"),

@@ -79,7 +79,8 @@ def test_masked_transformer_on_two_ranks_with_fsdp(shard, tmp_path, monkeypatch)
     monkeypatch.setitem(m2t.PRESETS, "mt-test", runs.MT)
     more = ["--preset", "mt-test", "--steps", 2]
     assert main(options(shard, tmp_path / "one", *more)) == 0
-    runs.run(options(shard, tmp_path / "two", *more, "--parallel", "fsdp"), tmp_path / "said", world=2)
+    said = runs.run(options(shard, tmp_path / "two", *more, "--parallel", "fsdp"), tmp_path / "said", world=2)
+    assert " 8 pictures\n" in said and "tokens" not in said
     one, two = (runs.records(tmp_path / name) for name in ("one", "two"))
     assert models.load_pretrained(tmp_path / "two/model").config == runs.MT
     for name in ("loss", "grad_norm", "bpp", "psnr"):

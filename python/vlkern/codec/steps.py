@@ -34,6 +34,5 @@ class FloatEntropy:
     def step(self, state: Any, tokens: torch.Tensor | None, known: torch.Tensor | None) -> Mixtures:
         """The mixtures of the next group, on the CPU: see `EntropyModel`."""
         device = state.quality.device
-        if tokens is not None and known is not None:
-            tokens, known = tokens.to(device), known.to(device)
+        tokens, known = (t if t is None else t.to(device) for t in (tokens, known))
         return quantize_mixture(state.advance(tokens, known).float().cpu())

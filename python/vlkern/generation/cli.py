@@ -24,6 +24,7 @@ from vlkern.generation.untrained import numbers_of, random_model
 from vlkern.models.gemma import Gemma
 from vlkern.models.gemma3 import Gemma3
 from vlkern.models.multimodal import Multimodal
+from vlkern.models.paligemma import PaliGemma
 from vlkern.painting import command as painting
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -214,6 +215,8 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args)
     if args.image and not isinstance(model, Multimodal):
         raise UserError(f"--image: a {type(model).__name__} sees no pictures, got {len(args.image)}")
+    if isinstance(model, PaliGemma) and args.prompt is not None and not args.image:
+        raise UserError("--image: PaliGemma was trained to speak about pictures, expected at least one, got none")
     vocabulary = _vocabulary(args, model)
     config = model.config.language if isinstance(model, Multimodal) else model.config
     times = Times()

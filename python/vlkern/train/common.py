@@ -242,6 +242,13 @@ def record(
     return Run(identity, settings, tokenizer, tokens, hyper)
 
 
+def _contents(count: int, run: Run) -> str:
+    """So many pictures, and what goes with them."""
+    if isinstance(run.tokenizer, data.Classes):
+        return f"{count} pictures of {run.tokens} classes"
+    return f"{count} pairs, {run.tokens} tokens" if run.tokens else f"{count} pictures"
+
+
 def carry_out(args: argparse.Namespace, ranks: Ranks, run: Run, task: Task, pairs: data.PairShards) -> None:
     """Say what is going to happen, and train."""
     settings = run.settings
@@ -254,8 +261,8 @@ def carry_out(args: argparse.Namespace, ranks: Ranks, run: Run, task: Task, pair
         count = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
         name = settings["from_"] or settings["preset"]
         say("model", f"{name}, {count / 1e6:.1f} M parameters to train, {settings['precision']}, {ranks}")
-        say("data", f"{len(pairs)} pairs, {run.tokens} tokens")
-        say("run", f"{plan.steps} steps of {plan.batch} pairs in {args.out}")
+        say("data", _contents(len(pairs), run))
+        say("run", f"{plan.steps} steps of {plan.batch} examples in {args.out}")
     loop.train(task, plan, ranks, args.out, json.dumps(run.identity))
     if ranks.first:
         say("wrote", str(args.out / "model"))
