@@ -8,7 +8,10 @@ from vlkern.kernels.mixture_cdf.table import HALVES, ONE, REACH, STEPS, TOTAL, c
 def mixture_window(
     means: torch.Tensor, scales: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """means int32, scales uint8, weights int16 [..., K, C] -> low, half int32 [..., C]."""
+    """means int32, scales uint8, weights int16 [..., K, C] -> low, half int32 [..., C].
+
+    The symbols low ... low + 2 half - 1 end half a symbol short of 256 half right of the centre: see README.md.
+    """
     mean, weight = means.long(), weights.long()
     sigma = constant("sigma", torch.int64, means)[scales.long()]
     centre = (((weight * mean).sum(-2) >> 12) + 128) >> 8
