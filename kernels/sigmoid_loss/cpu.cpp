@@ -6,6 +6,7 @@
 // below.
 #include "cpu.h"
 
+#include "call.h"
 #include "cpu_amx.h"
 #include "sgemm.h"
 #include "vlkern.h"
@@ -13,6 +14,8 @@
 namespace vlkern {
 namespace {
 
+using sigmoid_loss::Arguments;
+using sigmoid_loss::Outputs;
 using sigmoid_loss::Problem;
 using sigmoid_loss::Sums;
 
@@ -66,41 +69,13 @@ Sums sweep_fp32(const Problem& p, const float* x, const float* y, Tensor& chunk,
   return total;
 }
 
-float scalar(const Tensor& t) {
-  VLKERN_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == 1,
-               "scale, bias and weight must be float32 scalars");
-  return *t.const_data_ptr<float>();
-}
-
-struct Outputs {
-  Tensor loss, d_image, d_text, d_scale, d_bias;
-};
-
-Outputs run(const Tensor& image_, const Tensor& text_, const Tensor& scale, const Tensor& bias,
-            const Tensor& weight, const std::optional<Tensor>& image_valid,
-            const std::optional<Tensor>& text_valid, bool diagonal, bool grad) {
-  VLKERN_CHECK(image_.dim() == 2 && text_.dim() == 2 && image_.size(1) == text_.size(1),
-               "image and text must be [., D]");
-  VLKERN_CHECK(image_.scalar_type() == text_.scalar_type(), "image and text must have one dtype");
-  Tensor image = torch::stable::contiguous(image_), text = torch::stable::contiguous(text_);
-  std::optional<Tensor> masks[2];
-  const std::optional<Tensor>* given[2] = {&image_valid, &text_valid};
-  for (int s = 0; s < 2; ++s)
-    if (*given[s]) {
-      VLKERN_CHECK((*given[s])->numel() == (s ? text : image).size(0), "a mask must have one entry per row");
-      masks[s] = torch::stable::contiguous(**given[s]);
-    }
-  Problem p{image.size(0),
-            text.size(0),
-            image.size(1),
-            scalar(scale),
-            scalar(bias),
-            scalar(weight),
-            masks[0] ? masks[0]->const_data_ptr<bool>() : nullptr,
-            masks[1] ? masks[1]->const_data_ptr<bool>() : nullptr,
-            diagonal,
-            grad};
-  ScalarType dtype = image.scalar_type(), grad_dtype = dtype == ScalarType::Half ? ScalarType::Float : dtype;
+Outputs run(const Arguments& a, bool grad) {
+  const Tensor &image = a.image, &text = a.text;
+  auto scalar = [](const Tensor& t) { return *t.const_data_ptr<float>(); };
+  auto mask = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr<bool>() : nullptr; };
+  Problem p{image.size(0),    text.size(0),        image.size(1),      scalar(a.scale), scalar(a.bias),
+            scalar(a.weight), mask(a.image_valid), mask(a.text_valid), a.diagonal,      grad};
+  ScalarType dtype = image.scalar_type(), grad_dtype = sigmoid_loss::gradient_type(dtype);
   auto gradient = [&](int64_t rows, ScalarType type) { return empty(image, {grad ? rows : 0, p.d}, type); };
 
   Sums sums;
@@ -136,24 +111,11 @@ Outputs run(const Tensor& image_, const Tensor& text_, const Tensor& scale, cons
   return out;
 }
 
-Tensor loss(const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias,
-            const Tensor& weight, const std::optional<Tensor>& image_valid,
-            const std::optional<Tensor>& text_valid, bool diagonal) {
-  return run(image, text, scale, bias, weight, image_valid, text_valid, diagonal, false).loss;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_gradients(
-    const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias, const Tensor& weight,
-    const std::optional<Tensor>& image_valid, const std::optional<Tensor>& text_valid, bool diagonal) {
-  Outputs o = run(image, text, scale, bias, weight, image_valid, text_valid, diagonal, true);
-  return {o.loss, o.d_image, o.d_text, o.d_scale, o.d_bias};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vlkern, CPU, m) {
-  m.impl("sigmoid_loss.cpu", TORCH_BOX(&loss));
-  m.impl("sigmoid_loss_grad.cpu", TORCH_BOX(&loss_and_gradients));
+  m.impl("sigmoid_loss.cpu", TORCH_BOX(&sigmoid_loss::loss<run>));
+  m.impl("sigmoid_loss_grad.cpu", TORCH_BOX(&sigmoid_loss::loss_and_gradients<run>));
 }
 
 }  // namespace vlkern

@@ -5,6 +5,7 @@
 //
 // Square tiles keep the fp32 accumulators dX and dY out of the way: each is read and written once per row of
 // tiles.
+#include "call.h"
 #include "cuda/blas.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/pairs.cuh"
@@ -18,6 +19,8 @@ using cuda::Blas;
 using cuda::kPairs;
 using cuda::PairSums;
 using cuda::Stream;
+using sigmoid_loss::Arguments;
+using sigmoid_loss::Outputs;
 using torch::headeronly::Half;
 
 constexpr int64_t kSide = 5760;          // of a tile: 5760^2 logits are 127 MiB
@@ -121,16 +124,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Arguments {
-  Tensor image, text, scale, bias, weight;
-  std::optional<Tensor> image_valid, text_valid;
-  bool diagonal;
-};
-
-struct Outputs {
-  Tensor loss, d_image, d_text, d_scale, d_bias;
-};
-
 const bool* mask(const std::optional<Tensor>& valid, int64_t first) {
   return valid ? valid->const_data_ptr<bool>() + first : nullptr;
 }
@@ -194,39 +187,14 @@ void sweep(const Stream& stream, const Arguments& a, Outputs& out) {
   }
 }
 
-Outputs run(const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias,
-            const Tensor& weight, const std::optional<Tensor>& image_valid,
-            const std::optional<Tensor>& text_valid, bool diagonal, bool grad) {
-  VLKERN_CHECK(image.dim() == 2 && text.dim() == 2 && image.size(1) == text.size(1),
-               "image and text must be [., D]");
+Outputs run(const Arguments& a, bool grad) {
+  const Tensor &image = a.image, &text = a.text;
   VLKERN_CHECK(image.numel() > 0 && text.numel() > 0, "image and text must not be empty");
-  VLKERN_CHECK(image.scalar_type() == text.scalar_type(), "image and text must have one dtype");
-  auto flat = [](const std::optional<Tensor>& t) {
-    return t ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;
-  };
-  Arguments a{torch::stable::contiguous(image),
-              torch::stable::contiguous(text),
-              scale,
-              bias,
-              weight,
-              flat(image_valid),
-              flat(text_valid),
-              diagonal};
-  Stream stream(a.image);
-  stream.check_device(text);
-  for (const Tensor* t : {&scale, &bias, &weight}) {
-    VLKERN_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == 1,
-                 "scale, bias and weight must be float32 scalars");
-    stream.check_device(*t);
-  }
-  for (auto [valid, rows] :
-       {std::pair(&a.image_valid, image.size(0)), std::pair(&a.text_valid, text.size(0))}) {
-    if (!*valid) continue;
-    VLKERN_CHECK((*valid)->scalar_type() == ScalarType::Bool && (*valid)->numel() == rows,
-                 "a mask must be bool with one entry per row");
-    stream.check_device(**valid);
-  }
-  ScalarType dtype = image.scalar_type(), grad_dtype = dtype == ScalarType::Half ? ScalarType::Float : dtype;
+  Stream stream(image);
+  for (const Tensor* t : {&text, &a.scale, &a.bias, &a.weight}) stream.check_device(*t);
+  for (const auto* valid : {&a.image_valid, &a.text_valid})
+    if (*valid) stream.check_device(**valid);
+  ScalarType dtype = image.scalar_type(), grad_dtype = sigmoid_loss::gradient_type(dtype);
   auto scalar = [&] { return empty(image, {}, ScalarType::Float); };
   auto gradient = [&](const Tensor& of) {
     return empty(image, {grad ? of.size(0) : 0, of.size(1)}, grad_dtype);
@@ -237,24 +205,11 @@ Outputs run(const Tensor& image, const Tensor& text, const Tensor& scale, const 
   return out;
 }
 
-Tensor loss(const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias,
-            const Tensor& weight, const std::optional<Tensor>& image_valid,
-            const std::optional<Tensor>& text_valid, bool diagonal) {
-  return run(image, text, scale, bias, weight, image_valid, text_valid, diagonal, false).loss;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_gradients(
-    const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias, const Tensor& weight,
-    const std::optional<Tensor>& image_valid, const std::optional<Tensor>& text_valid, bool diagonal) {
-  Outputs o = run(image, text, scale, bias, weight, image_valid, text_valid, diagonal, true);
-  return {o.loss, o.d_image, o.d_text, o.d_scale, o.d_bias};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vlkern, CUDA, m) {
-  m.impl("sigmoid_loss.cuda", TORCH_BOX(&loss));
-  m.impl("sigmoid_loss_grad.cuda", TORCH_BOX(&loss_and_gradients));
+  m.impl("sigmoid_loss.cuda", TORCH_BOX(&sigmoid_loss::loss<run>));
+  m.impl("sigmoid_loss_grad.cuda", TORCH_BOX(&sigmoid_loss::loss_and_gradients<run>));
 }
 
 }  // namespace vlkern

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from vlkern import _checks
+from vlkern._group import Group
 from vlkern.kernels.sigmoid_loss import gradients_of_block, loss_of_block
 
 #: (texts [b, D], their mask, are they this rank's own) -> loss [], or loss and gradients
@@ -43,36 +44,16 @@ class _Hop:
         return arrived
 
 
-class _Ring:
-    """The ranks of a group in a circle, as this rank sees it. Ranks are counted within the group."""
+class _Ring(Group):
+    """The ranks of a group in a circle."""
 
     def __init__(self, group: Any) -> None:
-        if not dist.is_available():
-            raise ValueError("group must be None: this PyTorch was built without torch.distributed")
-        if group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group must contain this process, got a group of other ranks")
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-        if not dist.is_initialized():
-            raise ValueError("group must belong to an initialised torch.distributed, got one that was destroyed")
-        self.group, self.size, rank = group, dist.get_world_size(group), dist.get_rank(group)
-        self.next, self.prev = (rank + 1) % self.size, (rank - 1) % self.size
+        super().__init__(group)
+        self.next, self.prev = (self.rank + 1) % self.size, (self.rank - 1) % self.size
 
     def pass_on(self, *tensors: torch.Tensor | None) -> _Hop:
         """Start the next hop of these tensors."""
         return _Hop(self, tensors)
-
-    def gather(self, row: torch.Tensor) -> list[list[Any]]:
-        """The rows [n] of all ranks, read on the host."""
-        rows = [torch.empty_like(row) for _ in range(self.size)]
-        dist.all_gather(rows, row, group=self.group)
-        return [r.tolist() for r in rows]
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks."""
-        result = value.clone()
-        dist.all_reduce(result, group=self.group)
-        return result
 
 
 def _check_alike(ring: _Ring, image: torch.Tensor, masked: bool, differentiate: bool) -> None:
