@@ -93,23 +93,24 @@ void widen(const T* in, float* out, int64_t n) {
 
 template <class T>
 void joint_nll(const Problem& p, const T* params, float* log_weights, float* nll) {
+  auto total = [&](int64_t t, float* logits) {
+    widen(params + t * p.parameters, logits, p.k);
+    const gmm::Sum all = gmm::sum_of_exps(log_weights + t * p.k, p.k), prior = gmm::sum_of_exps(logits, p.k);
+    nll[t] = (prior.most - all.most) + (prior.log - all.log);
+  };
   p.each_block([&] {
-    return [&, z = buffer(p.room())](int64_t t, int64_t b, int64_t count) {
+    return [&, z = buffer(p.room()), wide = buffer(p.blocks == 1 ? p.k : 0)](int64_t t, int64_t b,
+                                                                             int64_t count) {
       const T *row = params + t * p.parameters, *logits = row + b * p.block;
       float* out = log_weights + t * p.k + b * p.block;
       p.load_target(t, z.get());
       gmm::log_densities(row + p.k + 2 * p.d * b * p.block, count, p.d, z.get(), p.min_scale, out);
       for (int64_t i = 0; i < count; ++i) out[i] += to_float(logits[i]);
+      if (p.blocks == 1) total(t, wide.get());  // while the logits are in cache
     };
   });
-  p.each_token([&] {
-    return [&, logits = buffer(p.k)](int64_t t) {
-      widen(params + t * p.parameters, logits.get(), p.k);
-      const gmm::Sum all = gmm::sum_of_exps(log_weights + t * p.k, p.k),
-                     prior = gmm::sum_of_exps(logits.get(), p.k);
-      nll[t] = (prior.most - all.most) + (prior.log - all.log);
-    };
-  });
+  if (p.blocks == 1) return;
+  p.each_token([&] { return [&total, wide = buffer(p.k)](int64_t t) { total(t, wide.get()); }; });
 }
 
 template <class T>
