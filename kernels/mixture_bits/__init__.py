@@ -33,7 +33,7 @@ _op = Op(
         "mixture_bits_backward": "(Tensor grad, Tensor symbols, Tensor params) -> (Tensor, Tensor)",
     },
     reference=reference,
-    backends=("cpu", "triton"),
+    backends=("cpu", "triton", "cuda"),
     bind=_bind,
     work=samples.work,
 )

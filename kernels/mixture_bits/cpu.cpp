@@ -2,6 +2,7 @@
 // compiled for each instruction set.
 #include <type_traits>
 
+#include "checks.h"
 #include "simd.h"
 #include "vlkern.h"
 
@@ -15,20 +16,8 @@ namespace {
 
 constexpr int64_t kTask = 1 << 12;  // symbols that a thread takes at a time: 40 us
 
-struct Problem {
-  int64_t n, k, c;
-  Tensor symbols, params;
-
-  Problem(const Tensor& symbols_, const Tensor& params_)
-      : n(symbols_.size(0)),
-        k(params_.dim() == 4 ? params_.size(2) : 0),
-        c(symbols_.dim() == 2 ? symbols_.size(1) : 0),
-        symbols(torch::stable::contiguous(symbols_)),
-        params(torch::stable::contiguous(params_)) {
-    VLKERN_CHECK(k > 0 && c > 0 && params.numel() == 3 * n * k * c && params.size(0) == n &&
-                     params.size(1) == 3 && params.size(3) == c,
-                 "symbols must be [N, C] and params [N, 3, K, C]");
-  }
+struct Problem : mixture_bits::Given {
+  using Given::Given;
 
   // work(worker, first symbol, first parameter, symbols) for every piece of a row
   template <class F>
@@ -69,9 +58,7 @@ Tensor forward(const Tensor& symbols, const Tensor& params) {
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_, const Tensor& symbols, const Tensor& params) {
   const Problem p(symbols, params);
-  VLKERN_CHECK(grad_.numel() == p.n * p.c && grad_.scalar_type() == ScalarType::Float,
-               "grad must be float32, one number for each symbol");
-  Tensor grad = torch::stable::contiguous(grad_);
+  Tensor grad = p.checked(grad_);
   const float* g = grad.const_data_ptr<float>();
   Tensor d_symbols = empty(p.symbols, {p.n, p.c}, p.symbols.scalar_type());
   Tensor d_params = empty(p.params, {p.n, 3, p.k, p.c}, p.params.scalar_type());

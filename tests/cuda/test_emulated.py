@@ -1,76 +1,15 @@
-"""The CUDA kernels on an emulated GPU (emulator/): every index, mask, barrier and sum, without the hardware.
-
-The undefined-behaviour sanitiser is on, so a vector access to a misaligned address fails as it would on a GPU.
-"""
+"""The CUDA kernels on an emulated GPU (emulator/): every index, mask, barrier and sum, without the hardware."""
 
 import math
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from rooms import ROOT
+from emulation import DTYPES, compare, misaligned, run
 
 from vlkern._op import REGISTRY
 from vlkern.kernels import coupling, decode_attention, fsq, rms_norm, sigmoid_loss
 from vlkern.kernels.mixture_cdf import samples as mixture_samples
-from vlkern.testing import assert_as_good, assert_same_direction, in_float64, poison
-
-HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-
-
-FLAGS = [
-    *["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic"],
-    *["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all"],
-    *["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"],
-    *["-I", HERE / "emulator", "-I", ROOT / "csrc", "-isystem", TORCH / "include"],
-]
-LIBRARIES = [TORCH / "lib/libtorch_cpu.so", TORCH / "lib/libc10.so", "-ldl"]
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """Compiles the rooms for the emulated GPU. Their `.cuda` overloads then take CPU tensors in this process."""
-    folder = tmp_path_factory.mktemp("emulated")
-    for path in ROOT.glob("kernels/*/cuda.cu"):
-        source, library = folder / f"{path.parent.name}.cu", folder / f"{path.parent.name}.so"
-        code = path.read_text()
-        if path.parent.name == "sigmoid_loss":
-            assert "kSide = 5760;" in code
-            code = code.replace("kSide = 5760;", "kSide = 2176;")  # several tiles are 18 million pairs less
-        source.write_text(code)
-        room = [f'-DVLKERN_SOURCE="{source}"', "-I", path.parent]
-        subprocess.run(["g++", *FLAGS, *room, HERE / "emulator/emulator.cpp", *LIBRARIES, "-o", library], check=True)
-        torch.ops.load_library(library)
-
-
-def run(op, raw, backend, *args):
-    with poison():
-        result = REGISTRY[op].raw[raw][backend](*args)
-    return result if isinstance(result, tuple) else (result,)
-
-
-def compare(op, raw, args, gradients=False, magnitudes=None):
-    """Against the reference in float64; the same bits the second time. Returns what the kernels computed."""
-    ours, low = run(op, raw, "cuda", *args), run(op, raw, "reference", *args)
-    exact = run(op, raw, "reference", *in_float64(args))
-    for one, two, three, magnitude in zip(ours, low, exact, magnitudes or [None] * len(ours), strict=True):
-        # The float32 gradients of float16 embeddings come from a float16 G, and reach the user as float16.
-        results = [t.half() if args[0].dtype == torch.float16 and t.dim() == 2 else t for t in (one, two)] + [three]
-        assert_as_good(*results, magnitude=magnitude)
-        if gradients:
-            assert_same_direction(*results)
-    assert all(torch.equal(a, b) for a, b in zip(ours, run(op, raw, "cuda", *args), strict=True))
-    return ours
-
-
-def misaligned(t):
-    """The same values one element past a 16-byte boundary, NaN before and after."""
-    room = torch.full((t.numel() + 64,), float("nan"), dtype=t.dtype)
-    start = next(i for i in range(1, 64) if room[i:].data_ptr() % 16 == t.element_size())
-    room[start : start + t.numel()] = t.flatten()
-    return room[start : start + t.numel()].view(t.shape)
+from vlkern.testing import in_float64
 
 
 def rms_norm_agrees(x, weight, offset):

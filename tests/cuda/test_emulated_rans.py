@@ -1,11 +1,8 @@
 """The GPU's decoder of rANS streams on an emulated GPU (emulator/): the host's symbols, and its verdict on damage."""
 
-import subprocess
-
 import pytest
 import torch
 from rooms import ROOT
-from test_emulated import FLAGS, HERE, LIBRARIES
 
 from vlkern import coding
 from vlkern.coding import DamagedStream, Mixtures, Tables, gpu, rans
@@ -16,12 +13,9 @@ FORMATS = [("rans64", 16), ("rans64", 30), ("rans_byte", 16), ("rans_byte", 9), 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
+def emulated(emulator):
     """Compiles the decoder for the emulated GPU, which takes CPU tensors, and lets `vlkern.coding` use it for them."""
-    library = tmp_path_factory.mktemp("rans") / "rans.so"
-    source = [f'-DVLKERN_SOURCE="{ROOT / "csrc/cuda/rans.cu"}"', HERE / "emulator/emulator.cpp"]
-    subprocess.run(["g++", *FLAGS, *source, *LIBRARIES, "-o", library], check=True)
-    torch.ops.load_library(library)
+    emulator.load(ROOT / "csrc/cuda/rans.cu", "rans", ROOT / "csrc/cuda")
 
 
 @pytest.fixture
