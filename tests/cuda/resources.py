@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import triton
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "bench" / "results" / "aot" / "cuda.json"
@@ -29,6 +30,10 @@ REPORT = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
+)
+USAGE = re.compile(
+    r"arch = (?P<arch>\w+)|"
+    r"Function (?P<symbol>\w+):\s+REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+)"
 )
 
 
@@ -48,7 +53,7 @@ def readable(symbols: list[str]) -> list[str]:
     """`forward_cached<BFloat16, 4>` from a mangled name, without namespaces and arguments."""
     out = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     hidden = "(anonymous namespace)::"
-    names = [line.split(hidden, 1)[1].replace(hidden, "").split("(", 1)[0] for line in out.splitlines()]
+    names = [line.split(hidden, 1)[-1].replace(hidden, "").split("(", 1)[0] for line in out.splitlines()]
     return [re.sub(r"[\w:]*::|^void ", "", name) for name in names]
 
 
@@ -80,6 +85,26 @@ def compile_file(name: str, source: Path, archs: tuple[str, ...]) -> list[Row]:
                 shared_bytes=int(shared[1]) if shared else 0,
             )
         )
+    return rows
+
+
+def built() -> list[Row]:
+    """What the last build of this checkout made of every file. Spills, whose number is not kept, lie on the stack."""
+    objects = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles/_C_cuda.dir"
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    rows = []
+    for name, source in sources().items():
+        if not (path := objects / f"{source.relative_to(ROOT)}.o").exists():
+            continue
+        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        found = list(USAGE.finditer(said))
+        arch = ""
+        for match, kernel in zip(found, readable([m["symbol"] or "" for m in found]), strict=True):
+            if match["arch"]:
+                arch = match["arch"]
+            else:
+                registers, stack, shared = map(int, match.group("registers", "stack", "shared"))
+                rows.append(Row(f"{name}/{kernel}", arch, registers, 0, stack, shared))
     return rows
 
 
