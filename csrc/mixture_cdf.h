@@ -120,16 +120,22 @@ VLKERN_MIXTURE_CODE int32_t cdf(const Mixture& m, int32_t low, int32_t n, int32_
 }
 
 #ifndef __CUDACC__
-// What vectors (mixture_cdf.inc) read at once: PHI[q] - 1.5 2^52 and PHI[q + 1] - PHI[q]; SIG and 1 / SIG,
-// for every byte.
+// floor(x) = round(x + kDown), to the nearest, of x = n / d that is 2^-18 off at most, n and d <= 2^16 whole
+// numbers: kDown is in the middle of what fits x = 0 and x = 1 - 2^-16.
+constexpr double kDown = 0x1p-17 - 0.5;
+
+// What vectors (mixture_cdf.inc) read at once. With D = PHI[q + 1] - PHI[q], phi[q] is the line through steps
+// q and q + 1: PHI[q] + D (z - q) + kDown = phi[q][0] + phi[q][1] (z + kDown), for every z. All are exact.
+// SIG and 1 / SIG, for every byte.
 struct Pairs {
   double phi[2 * kSteps * kReach + 1][2], sigma[256][2];
 
   constexpr Pairs() : phi(), sigma() {
     constexpr int kLast = 2 * kSteps * kReach;
     for (int q = 0; q <= kLast; ++q) {
-      phi[q][0] = kPhi[q] - 0x1.8p52;
-      phi[q][1] = q < kLast ? kPhi[q + 1] - kPhi[q] : 0;
+      const double by = q < kLast ? kPhi[q + 1] - kPhi[q] : 0;
+      phi[q][0] = kPhi[q] - by * q - by * kDown + kDown;
+      phi[q][1] = by;
     }
     for (int s = 0; s < 256; ++s) sigma[s][0] = kSigma[s % kScales], sigma[s][1] = 1.0 / kSigma[s % kScales];
   }

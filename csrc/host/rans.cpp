@@ -9,8 +9,9 @@ namespace {
 class Known : public Source {
  public:
   explicit Known(const std::vector<Range>& all) : all_(all) {}
-  void ranges(int64_t first, int count, Range* out, std::string&) override {
+  void ranges(int64_t first, int count, Range* out, uint64_t* inverse, std::string&) override {
     std::copy_n(all_.begin() + first, count, out);
+    for (int i = 0; i < count; ++i) inverse[i] = inverse_of(out[i].width);
   }
 
  private:
@@ -34,15 +35,13 @@ void append_escape(std::string& out, int32_t symbol) {
   out.push_back(char(rest));
 }
 
-// x = q width + rest, for x < 2^63.
-//
-// q is found with `inverse`, a little below 2^63 / width, and is seldom too small: multiplications take half
-// as long as a division.
+// x = q width + rest, for x < 2^63: q is found with inverse_of(width) and is seldom too small.
+// Multiplications take half as long as a division.
 struct Divided {
   uint64_t q, rest;
 };
 inline Divided divide(uint64_t x, uint64_t width, uint64_t inverse) {
-  uint64_t q = uint64_t(static_cast<unsigned __int128>(x << 1) * inverse >> 64), rest = x - q * width;
+  uint64_t q = uint64_t(static_cast<unsigned __int128>(x) * inverse >> 64), rest = x - q * width;
   if (rest >= width) [[unlikely]] {
     q += rest / width;
     rest %= width;
@@ -54,13 +53,12 @@ std::string encode(Format format, int64_t count, Source& source) {
   return with_coder(format.kind, [&]<class C>(C) {
     using State = typename C::State;
     using Word = typename C::Word;
-    constexpr bool kWide = sizeof(State) == 8;
     const int lanes = format.lanes, precision = format.precision;
     std::vector<State> states(lanes, C::kLeast);
     std::vector<Word> words;             // in reverse
     constexpr int kChunk = 16 * kBlock;  // memory is read forwards within it
     std::vector<Range> ranges(kChunk);
-    std::vector<uint64_t> inverses(kWide ? kChunk : 0);
+    std::vector<uint64_t> inverses(kChunk);
     std::string escapes, reversed;
     size_t used = 0;
     int lane = int(count % lanes);
@@ -69,22 +67,20 @@ std::string encode(Format format, int64_t count, Source& source) {
       end -= n;
       escapes.clear();
       for (int i = 0; i < n; i += kBlock)
-        source.ranges(end + i, std::min(kBlock, n - i), &ranges[i], escapes);
+        source.ranges(end + i, std::min(kBlock, n - i), &ranges[i], &inverses[i], escapes);
       reversed.append(escapes.rbegin(), escapes.rend());
-      if constexpr (kWide)
-        for (int i = 0; i < n; ++i)
-          inverses[i] = uint64_t(int64_t((0x1p62 - 0x1p10) / int32_t(ranges[i].width))) << 1;
       if (words.size() < used + C::kMostWords * n) words.resize(2 * words.size() + C::kMostWords * kChunk);
       Word* out = words.data() + used;
       auto put = [&](State& x, int i) {
         const Range r = ranges[i];
-        // (L b / M) f may need one bit more than a state has; half of it does not.
-        const State half = (State(1) << (C::kLow - precision + C::kWordBits - 1)) * r.width;
-        while ((x >> 1) >= half) {
+        // Words go out while x >= (L b / M) f, which may need one bit more than a state has.
+        constexpr int kSpare = C::kLow + C::kWordBits == 8 * sizeof(State);
+        const State most = (State(1) << (C::kLow + C::kWordBits - kSpare - precision)) * r.width;
+        while ((x >> kSpare) >= most) {
           *out++ = Word(x);
           x >>= C::kWordBits;
         }
-        if constexpr (kWide) {
+        if constexpr (sizeof(State) == 8) {
           const Divided d = divide(x, r.width, inverses[i]);
           x = (d.q << precision) + d.rest + r.start;
         } else {
@@ -113,10 +109,14 @@ std::string encode(Format format, int64_t count, Source& source) {
 
 void Encoder::put(int64_t count, Source& source) {
   const size_t ranges = ranges_.size(), escapes = escapes_.size();
-  ranges_.resize(ranges + count);
+  Range block[kBlock];
+  uint64_t unused[kBlock];
   try {
-    for (int64_t first = 0; first < count; first += kBlock)
-      source.ranges(first, int(std::min<int64_t>(kBlock, count - first)), &ranges_[ranges + first], escapes_);
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int n = int(std::min<int64_t>(kBlock, count - first));
+      source.ranges(first, n, block, unused, escapes_);
+      ranges_.insert(ranges_.end(), block, block + n);
+    }
   } catch (...) {  // nothing of what was refused stays
     ranges_.resize(ranges);
     escapes_.resize(escapes);

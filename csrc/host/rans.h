@@ -48,10 +48,11 @@ constexpr int kBlock = 128;
 
 void append_escape(std::string& out, int32_t symbol);
 
-// Symbols first ... first + count - 1 of some, count <= kBlock: their ranges, and escapes that are appended.
+// Symbols first ... first + count - 1 of some, count <= kBlock: their ranges, what `inverse_of` gives for the
+// widths of these, both with room for kBlock, and escapes that are appended.
 class Source {
  public:
-  virtual void ranges(int64_t first, int count, Range* out, std::string& escapes) = 0;
+  virtual void ranges(int64_t first, int count, Range* out, uint64_t* inverse, std::string& escapes) = 0;
 
  protected:
   ~Source() = default;

@@ -1,4 +1,4 @@
-// How rans.h is done: little-endian words, the loop of a decoder.
+// How rans.h is done: little-endian words, quotients, the loop of a decoder.
 #pragma once
 
 #include "rans.h"
@@ -31,6 +31,11 @@ template <class T>
 void append(std::string& out, T value) {
   value = little(value);
   out.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+// A little below 2^64 / width, width < 2^31: less than 2^-51 of it.
+inline uint64_t inverse_of(uint32_t width) {
+  return uint64_t(int64_t((0x1p62 - 0x1p10) / int32_t(width))) << 2;
 }
 
 template <class Finder>

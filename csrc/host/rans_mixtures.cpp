@@ -62,32 +62,26 @@ class Finder {
 
 }  // namespace
 
-Mixtures Sweep::pieces(const Mixtures& m, int64_t first, int count) {
-  const int padded = (count + 3) / 4 * 4;
-  for (int i = 0, run; i < padded; i += run) {
-    const int64_t at = i < count ? first + i : first, row = at / m.channels, channel = at % m.channels;
-    run = i < count ? int(std::min<int64_t>(m.channels - channel, count - i)) : 1;
-    for (int c = 0; c < m.components; ++c) {
-      const int64_t from = (row * m.components + c) * m.channels + channel, to = c * kBlock + i;
-      std::copy_n(m.means + from, run, means_ + to);
-      std::copy_n(m.scales + from, run, scales_ + to);
-      std::copy_n(m.weights + from, run, weights_ + to);
+Mixtures Sweep::padded(const Mixtures& m, int count) {
+  for (int c = 0; c < m.components; ++c)
+    for (int i = 0; i < 4; ++i) {
+      const int64_t from = c * m.channels + std::min(i, count - 1), to = 4 * c + i;
+      means_[to] = m.means[from], scales_[to] = m.scales[from], weights_[to] = m.weights[from];
     }
-  }
-  return {means_, scales_, weights_, kBlock, m.components};
+  return {means_, scales_, weights_, 4, m.components};
 }
 
 MixtureSource::MixtureSource(const Format& format, const int32_t* symbols, const Mixtures& mixtures,
                              int64_t start)
     : symbols_(symbols), mixtures_(checked(format, mixtures)), start_(start), sweep_(mixtures.components) {}
 
-void MixtureSource::ranges(int64_t first, int count, Range* out, std::string& escapes) {
+void MixtureSource::ranges(int64_t first, int count, Range* out, uint64_t* inverse, std::string& escapes) {
   const int32_t* symbols = symbols_ + first;
   with_kernels([&]<class K>() {
     const auto ranges = mixtures_.components == 3 ? K::template ranges<3> : K::template ranges<0>;
-    check(ranges(mixtures_, symbols, start_ + first, count, sweep_, out));
+    check(ranges(mixtures_, symbols, start_ + first, count, sweep_, out, inverse));
   });
-  for (int i = 0; i < count; ++i)
+  for (int i = 0; sweep_.outside && i < count; ++i)
     if (sweep_.bin[i] == 2 * sweep_.half[i]) append_escape(escapes, symbols[i]);
 }
 

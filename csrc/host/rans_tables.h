@@ -22,22 +22,38 @@ class Tables {
   };
   int64_t rows() const { return int64_t(row_.size()); }
   const Row& row(int64_t r) const { return row_[r]; }
+  const std::vector<Row>& all() const { return row_; }
   bool escape() const { return escape_; }
   int precision() const { return precision_; }
 
-  // Where a search for a slot may start. hints(r)[b] is the last bin of row r that starts at or before
-  // b 2^shift(). Made when first asked for; null for more rows or wider ones than that pays for.
-  static constexpr int kBuckets = 256;
-  const uint16_t* hints() const;
+  // What is looked up for every symbol, together: made when first asked for, of the rows as they are then.
+  // Null for more bins than that pays for.
+  struct Bin {
+    Range range;
+    uint64_t inverse;
+  };
+  struct Ready {
+    // bins is that of the first symbol of a row; hints[b] is the last bin that starts at or before b
+    // 2^shift().
+    struct Row {
+      const Bin* bins;
+      const uint16_t* hints;
+      int32_t offset, symbols;
+    };
+    static constexpr int kBuckets = 256;
+    std::vector<Row> rows;
+    std::vector<Bin> bins;
+    std::vector<uint16_t> hints;
+  };
+  const Ready* ready() const;
   int shift() const { return precision_ > 8 ? precision_ - 8 : 0; }
 
  private:
   std::vector<Row> row_;
-  int64_t width_;
   bool escape_;
   int precision_;
   mutable std::once_flag made_;
-  mutable std::vector<uint16_t> hints_;
+  mutable Ready ready_;
 };
 
 // Symbol i is coded with row index[i], or with row first + i where there is no index.
@@ -50,12 +66,13 @@ struct Rows {
 class TableSource final : public Source {
  public:
   TableSource(const Format& format, const int32_t* symbols, const Tables& tables, Rows rows);
-  void ranges(int64_t first, int count, Range* out, std::string& escapes) override;
+  void ranges(int64_t first, int count, Range* out, uint64_t* inverse, std::string& escapes) override;
 
  private:
   const int32_t* symbols_;
   const Tables& tables_;
   Rows rows_;
+  const Tables::Ready* ready_;
 };
 
 void get(Decoder& decoder, int32_t* symbols, int64_t count, const Tables& tables, Rows rows);
