@@ -92,8 +92,10 @@ def uniform(before: torch.Tensor, tokens: int, active: torch.Tensor | None) -> C
     """The chunk of `tokens` tokens for every row; rows that are not `active` sit out. Never waits for a device."""
     batch, device = before.shape[0], before.device
     index = torch.arange(batch * tokens, dtype=torch.int32, device=device)
-    rows = index // tokens
-    positions, length = before[rows] + index % tokens, before + tokens
+    rows, positions, length = index, before.clone(), before + tokens
+    if tokens > 1:
+        rows = index // tokens
+        positions = before[rows] + index % tokens
     if active is not None:
         positions, length = torch.where(active[rows], positions, -1), torch.where(active, length, 0)
     cu_seqlens = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)

@@ -5,9 +5,11 @@ from abc import ABC, abstractmethod
 import torch
 
 from vlkern import _checks, ops
+from vlkern._op import REGISTRY
 from vlkern.caches.chunk import Chunk
 from vlkern.kernels.rope_append.reference import quantise
 
+_APPEND, _DECODE = REGISTRY["rope_append"], REGISTRY["decode_attention"]
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -149,6 +151,13 @@ class LayerCache(ABC):
                 q_THC, k_TKC, v_TKC, chunk, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps, offset=offset,
                 scale=scale, softcap=softcap,
             )  # fmt: skip
+        if _on_cpu_kernels(q_THC):
+            try:
+                return self._step_on_cpu(
+                    q_THC, k_TKC, v_TKC, chunk, cos, sin, q_weight, k_weight, eps, offset, scale, softcap
+                )
+            except RuntimeError:  # the functions below say what is wrong, in more words; a slot may be written twice
+                pass
         q = ops.rope_append(
             q_THC, k_TKC, v_TKC, cos, sin, chunk.rows, chunk.positions, self.k, self.v, q_weight=q_weight,
             k_weight=k_weight, k_scale=self.k_scale, v_scale=self.v_scale, eps=eps, offset=offset,
@@ -158,6 +167,38 @@ class LayerCache(ABC):
             v_scale=self.v_scale, window=self.window, scale=scale, softcap=softcap,
         )  # fmt: skip
         return out.view(q.shape[0], *out.shape[2:])
+
+    def _step_on_cpu(
+        self,
+        q_THC: torch.Tensor,
+        k_TKC: torch.Tensor,
+        v_TKC: torch.Tensor,
+        chunk: Chunk,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+        offset: float,
+        scale: float | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The kernels without the public functions, whose checks take as long as these do in a short context.
+
+        The storage is as it was made and a chunk is checked when it is; the rest the kernels check before they write.
+        """
+        if not self.wraps and max(chunk.length.tolist(), default=0) > self.slots:
+            raise RuntimeError("the chunk is of longer caches")
+        q = _APPEND.raw["rope_append"]["cpu"](
+            q_THC, k_TKC, v_TKC, cos, sin, chunk.rows, chunk.positions, self.k, self.v, q_weight, k_weight,
+            self.k_scale, self.v_scale, eps, offset,
+        )  # fmt: skip
+        tokens, heads, width = q.shape
+        out: torch.Tensor = _DECODE.raw["decode_attention"]["cpu"](
+            q.view(self.batch, chunk.longest, heads, width), self.k, self.v, chunk.length, self.k_scale, self.v_scale,
+            self.window, width**-0.5 if scale is None else scale, softcap,
+        )  # fmt: skip
+        return out.view(tokens, heads, self.v.shape[3])
 
     def copy_rows(
         self, rows: torch.Tensor, source: "LayerCache", source_rows: torch.Tensor, length: torch.Tensor
@@ -180,6 +221,13 @@ class LayerCache(ABC):
                 t.zero_()
             else:
                 t.index_fill_(0, rows, 0)
+
+
+def _on_cpu_kernels(q_THC: torch.Tensor) -> bool:
+    """Would both ops of a step run on the CPU's kernels, and be called as they are?"""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not isinstance(q_THC, torch.Tensor):
+        return False
+    return _APPEND.choose(q_THC) == "cpu" == _DECODE.choose(q_THC)
 
 
 def as_stored(x_TKC: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
