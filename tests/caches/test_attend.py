@@ -147,3 +147,31 @@ def test_caches_without_rows():
         assert Layer(0, 8).extend(caches, chunk=caches.step()).shape == (0, 4, HEAD_DIM)
         caches.rollback(1)
         assert caches.fork([]).batch == 0
+
+
+def test_a_step_says_what_does_not_fit():
+    """Though it calls the kernels directly."""
+    caches, longer = linear(1, 4), linear(1, 40)
+    longer.length.fill_(9)
+    q, k, x = torch.randn(1, 4, HEAD_DIM), torch.randn(1, KV_HEADS, HEAD_DIM), torch.ones(1, HEAD_DIM // 2)
+    wrong = {
+        "k must have the dtype of q": (TypeError, (q, k.half(), k, caches.step(), x, x), {}),
+        "cos must have shape": (ValueError, (q, k, k, caches.step(), x[:, 1:], x), {}),
+        "q_weight must have shape": (ValueError, (q, k, k, caches.step(), x, x), {"q_weight": x[0]}),
+        "length must be at most the 4 slots": (ValueError, (q, k, k, longer.step(), x, x), {}),
+    }
+    for message, (kind, arguments, options) in wrong.items():
+        with pytest.raises(kind, match=message):
+            caches.layers[0].attend(*arguments, **options)
+
+
+def test_a_step_is_the_same_through_the_public_functions():
+    """Which run where the kernels are not called directly, as under a choice of backends."""
+    for caches in (ring(2, 6), linear(2, 9), ring(2, 6, dtype=torch.int8)):
+        layer, outs = Layer(2, 9), []
+        layer.extend(caches, [8, 5])
+        for choice in ("auto", "rope_append=cpu,decode_attention=reference"):
+            with vlkern.backend(choice):
+                outs.append(layer.extend(caches, chunk=caches.step()))
+            caches.rollback(1)
+        torch.testing.assert_close(*outs)
