@@ -43,7 +43,7 @@ def symbols_of(g, tables, index):
 
 
 @pytest.mark.parametrize("turn", [0, 1, 4])
-@pytest.mark.parametrize(("number", "lanes"), enumerate([1, 3, 31, 32, 33, 100]))
+@pytest.mark.parametrize(("number", "lanes"), list(enumerate([1, 3, 31, 32, 33, 100])))
 def test_tables(on_gpu, number, lanes, turn):
     """Streams of no symbols, of fewer than there are lanes, and of several rounds; three formats each."""
     kind, precision = FORMATS[(number + turn) % len(FORMATS)]
