@@ -50,7 +50,8 @@ def inputs(sample: Sample, dtype: torch.dtype, device: str, seed: int = 0) -> tu
 
 
 def work(params: torch.Tensor, uniform: torch.Tensor, eps: torch.Tensor) -> dict[str, int]:
-    """About 15 FLOPs a logit, 20 an element of z. All parameters count as read, of which a draw needs few."""
+    """About 15 FLOPs a logit, 20 an element of z. Of the parameters a draw reads the logits and one component."""
     n, d = eps.shape
     logits = params.numel() // (3 if uniform.dim() == 2 else 1 + 2 * d)
-    return {"flops": 15 * logits + 20 * n * d + params.numel(), "bytes": params.nbytes + 2 * eps.nbytes}
+    read = (logits + 2 * n * d) * params.element_size() + uniform.nbytes
+    return {"flops": 15 * logits + 20 * n * d, "bytes": read + 2 * eps.nbytes}
