@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from rooms import ROOT, agree, call, device, each, light, public, samples, seeds, skip_unsupported, small
+from rooms import ROOT, agree, call, device, each, few, light, public, samples, seeds, skip_unsupported, small
 from torch.utils._pytree import tree_flatten, tree_map
 
 import vlkern
@@ -65,7 +65,7 @@ def test_forward_alone_agrees_with_the_reference(op, backend, dtype, sample):
 @each(dtype=True)
 def test_same_bits_every_time_whatever_the_thread_count(op, backend, dtype):
     threads = torch.get_num_threads()
-    for sample in light(op):
+    for sample in few(op):
         args, kwargs = samples(op).inputs(sample, dtype, device(backend))
         first = call(op, backend, args, kwargs)
         try:
@@ -78,7 +78,7 @@ def test_same_bits_every_time_whatever_the_thread_count(op, backend, dtype):
 
 @each(reference=True, differentiable=True)
 def test_gradient_of_one_input_alone(op, backend):
-    for sample in light(op):
+    for sample in few(op):
         args, kwargs = samples(op).inputs(sample, torch.float32, device(backend))
         everything = call(op, backend, args, kwargs).gradients
         for i, expected in enumerate(everything):
