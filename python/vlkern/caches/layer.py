@@ -7,6 +7,7 @@ import torch
 from vlkern import _checks, ops
 from vlkern._op import REGISTRY
 from vlkern.caches.chunk import Chunk
+from vlkern.kernels.decode_attention import LARGEST_HEAD
 from vlkern.kernels.rope_append.reference import quantise
 
 _APPEND, _DECODE = REGISTRY["rope_append"], REGISTRY["decode_attention"]
@@ -189,6 +190,8 @@ class LayerCache(ABC):
         """
         if not self.wraps and max(chunk.length.tolist(), default=0) > self.slots:
             raise RuntimeError("the chunk is of longer caches")
+        if eps <= 0 or (softcap is not None and softcap <= 0) or max(self.k.shape[3], self.v.shape[3]) > LARGEST_HEAD:
+            raise RuntimeError("an option is out of range, or a head dim")
         q = _APPEND.raw["rope_append"]["cpu"](
             q_THC, k_TKC, v_TKC, cos, sin, chunk.rows, chunk.positions, self.k, self.v, q_weight, k_weight,
             self.k_scale, self.v_scale, eps, offset,
