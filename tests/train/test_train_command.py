@@ -70,7 +70,7 @@ def test_a_run_and_its_continuation(shard, folder, capfd):
     """What the folder of a run holds; a finished run can be asked to continue, and only writes its model again."""
     assert main(options(shard, folder, "--steps", 5, "--save-every", 2, "--keep", 1, "--log-every", 2)) == 0
     said = capfd.readouterr().out
-    for part in ("24 pairs", "5 steps of 8 pairs", "step 5/5  loss ", f"wrote     {folder}/model"):
+    for part in ("24 pairs", "5 steps of 8 examples", "step 5/5  loss ", f"wrote     {folder}/model"):
         assert part in said
     assert [r["step"] for r in runs.records(folder)] == [1, 2, 4, 5]
     names = "step loss lr grad_norm scale bias examples_per_second seconds peak_memory"
