@@ -56,13 +56,16 @@ clean:  ## remove everything that was made
 	rm -rf .venv build dist demo python/vlkern/*.so python/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# Of the thousands of modules few are ever imported, and those are compiled then: to do it here takes a minute.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile
+
 .venv/installed: requirements.txt requirements-peers.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(shell grep ^torch== requirements.txt)
-	$(BIN)/pip install --quiet --requirement requirements.txt
-	$(BIN)/pip install --quiet --no-deps --requirement requirements-peers.txt
+	$(PIP_INSTALL) $(shell grep ^torch== requirements.txt)
+	$(PIP_INSTALL) --requirement requirements.txt
+	$(PIP_INSTALL) --no-deps --requirement requirements-peers.txt
 	touch $@
 
 .venv/built: .venv/installed $(NATIVE)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	touch $@
