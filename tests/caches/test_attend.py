@@ -160,6 +160,7 @@ def test_a_step_says_what_does_not_fit():
         "q_weight must have shape": (ValueError, (q, k, k, caches.step(), x, x), {"q_weight": x[0]}),
         "length must be at most the 4 slots": (ValueError, (q, k, k, longer.step(), x, x), {}),
         "eps must be a positive": (ValueError, (q, k, k, caches.step(), x, x), {"eps": 0.0}),
+        "scale must be a finite": (ValueError, (q, k, k, caches.step(), x, x), {"scale": float("nan")}),
         "softcap must be a positive": (ValueError, (q, k, k, caches.step(), x, x), {"softcap": -1.0}),
     }
     for message, (kind, arguments, options) in wrong.items():

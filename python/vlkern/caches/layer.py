@@ -1,5 +1,6 @@
 """The storage of one layer, and what linear and ring caches have in common."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -190,8 +191,11 @@ class LayerCache(ABC):
         """
         if not self.wraps and max(chunk.length.tolist(), default=0) > self.slots:
             raise RuntimeError("the chunk is of longer caches")
-        if eps <= 0 or (softcap is not None and softcap <= 0) or max(self.k.shape[3], self.v.shape[3]) > LARGEST_HEAD:
-            raise RuntimeError("an option is out of range, or a head dim")
+        options = eps, 1.0 if softcap is None else softcap, offset, 0.0 if scale is None else scale
+        if not all(map(math.isfinite, options)) or min(options[:2]) <= 0:
+            raise RuntimeError("an option is out of range")
+        if max(self.k.shape[3], self.v.shape[3]) > LARGEST_HEAD:
+            raise RuntimeError("a head dim is too large")
         q = _APPEND.raw["rope_append"]["cpu"](
             q_THC, k_TKC, v_TKC, cos, sin, chunk.rows, chunk.positions, self.k, self.v, q_weight, k_weight,
             self.k_scale, self.v_scale, eps, offset,
